@@ -1,0 +1,9 @@
+"""Callbacks: what they do is their name."""
+
+from callbacks.adapter_export import AdapterExport
+from callbacks.graceful_stop import GracefulStop
+from callbacks.held_out_gain import HeldOutGain
+from callbacks.learning_curve import LearningCurve
+from callbacks.rollout_table import RolloutTable
+
+__all__ = ["AdapterExport", "GracefulStop", "HeldOutGain", "LearningCurve", "RolloutTable"]

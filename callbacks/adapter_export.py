@@ -1,0 +1,64 @@
+"""Writes what was learned as a folder that PEFT loads, with a model card, and as a W&B artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.export import save_adapter
+
+
+class AdapterExport(lightning.Callback):
+    """Exports the adapter at the end of training, and that of the best checkpoint where one is monitored.
+
+    Args:
+        folder: Name of the adapter folder in the run's folder; the best one is `<folder>-best`.
+        artifact: Also log the folder to W&B.
+    """
+
+    def __init__(self, folder: str = "adapter", artifact: bool = True) -> None:
+        self.folder = folder
+        self.artifact = artifact
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Export."""
+        root = Path(trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero:
+            return
+        if not isinstance(pl_module, CausalLMModule):
+            raise ValueError(f"AdapterExport exports a CausalLMModule, not {type(pl_module).__name__}.")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._export(trainer, pl_module, root / self.folder, metrics)
+        best = _best_checkpoint(trainer)
+        if best is not None:
+            checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+            last = {name: tensor.clone() for name, tensor in pl_module.adapter.state_dict().items()}
+            pl_module.adapter.load_state_dict(checkpoint["state_dict"])
+            scores = {str(best.monitor): float(best.best_model_score)}  # type: ignore[arg-type]
+            self._export(trainer, pl_module, root / f"{self.folder}-best", scores)
+            pl_module.adapter.load_state_dict(last)
+
+    def _export(
+        self, trainer: lightning.Trainer, module: CausalLMModule, folder: Path, metrics: dict[str, float]
+    ) -> None:
+        save_adapter(module, folder, steps=trainer.global_step, metrics=metrics)
+        for logger in trainer.loggers:
+            if self.artifact and isinstance(logger, WandbLogger):
+                import wandb
+
+                artifact = wandb.Artifact(f"{folder.name}-{logger.experiment.id}", type="adapter")
+                artifact.add_dir(str(folder))
+                logger.experiment.log_artifact(artifact)
+
+
+def _best_checkpoint(trainer: lightning.Trainer) -> ModelCheckpoint | None:
+    """Return the checkpoint callback that monitors a metric and has saved something."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return callback
+    return None

@@ -1,0 +1,93 @@
+"""Tells what training gained: success on the validation set before and after, with intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch.distributed as dist
+
+from lightning_modules.grpo.evaluation import mean_interval, paired_gain
+
+
+class HeldOutGain(lightning.Callback):
+    """Prints held-out accuracy before and after training, and the paired gain, with 95% intervals.
+
+    "Before" is Lightning's sanity check, so it needs `num_sanity_val_steps: -1`; "after" is the last
+    validation. Works with modules whose `validation_step` returns `success` per prompt and completion and
+    the `rollout`, such as GRPOModule.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, float] = {}
+        self._after: dict[int, float] = {}
+
+    def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Check that the whole validation set is measured.
+
+        Raises:
+            ValueError: If the sanity check covers a part only.
+        """
+        if trainer.num_sanity_val_steps != float("inf"):
+            raise ValueError(
+                f"HeldOutGain measures accuracy before training in the sanity check, which covers only "
+                f"{trainer.num_sanity_val_steps} batches. Set trainer.num_sanity_val_steps: -1."
+            )
+
+    def on_validation_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Forget the validation before."""
+        self._after = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        *args: Any,
+    ) -> None:
+        """Collect the success of each prompt."""
+        uids = outputs["rollout"].batch.uids[:: outputs["rollout"].group_size]
+        success = dict(zip(uids, outputs["success"].float().mean(1).tolist(), strict=True))
+        if not trainer.sanity_checking:
+            self._after |= success
+        elif not trainer.ckpt_path:  # a resumed run keeps the accuracy from before its first part
+            self._before |= success
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Print the result."""
+        before, after = _merged(self._before), _merged(self._after)
+        uids = sorted(before.keys() & after.keys())
+        if not uids or not trainer.is_global_zero:
+            return
+        first = [before[uid] for uid in uids]
+        last = [after[uid] for uid in uids]
+        pl_module.print(
+            f"Held-out accuracy over {len(uids)} prompts, 95% intervals\n"
+            f"  before training  {_text(mean_interval(first))}\n"
+            f"  after training   {_text(mean_interval(last))}\n"
+            f"  gain             {_text(paired_gain(first, last))}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the accuracy from before training for a resumed run."""
+        return {"before": _merged(self._before)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self._before = state_dict["before"]
+
+
+def _merged(mine: dict[int, float]) -> dict[int, float]:
+    """Join the dictionaries of all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return mine
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {uid: value for part in parts for uid, value in part.items()}
+
+
+def _text(interval: tuple[float, float, float]) -> str:
+    mean, low, high = interval
+    return f"{mean:.3f}  [{low:.3f}, {high:.3f}]"

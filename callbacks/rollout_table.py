@@ -1,0 +1,126 @@
+"""Writes sampled rollouts to JSON Lines and to a W&B table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch.distributed as dist
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_modules.files import complete_file, set_aside
+
+_COLUMNS = ["step", "uid", "task", "prompt", "completion", "finish", "tokens", "reward", "advantage"]
+
+
+class RolloutTable(lightning.Callback):
+    """Shows what the policy writes and what it earns. Samples whole groups, so that it never slows a run.
+
+    Args:
+        filename: Name of the JSON Lines file in the run's folder; one rollout per line.
+        groups_per_step: Groups written from each rank and step, the first of the batch.
+        table_every_n_steps: How often a table goes to W&B.
+    """
+
+    def __init__(
+        self, filename: str = "rollouts.jsonl", groups_per_step: int = 4, table_every_n_steps: int = 10
+    ) -> None:
+        for name, value in {
+            "groups_per_step": groups_per_step,
+            "table_every_n_steps": table_every_n_steps,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1.")
+        self.filename = filename
+        self.groups_per_step = groups_per_step
+        self.table_every_n_steps = table_every_n_steps
+        self._target: Path | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start a new file, or continue the one of a resumed run after its last saved step."""
+        self._target = Path(trainer.log_dir or trainer.default_root_dir) / self.filename
+        if not trainer.is_global_zero:
+            return
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        done = trainer.fit_loop.total_batch_idx + 1
+        if done == 0:
+            set_aside(self._target)
+        elif self._target.exists():
+            lines = self._target.read_text(encoding="utf-8").splitlines(keepends=True)
+            with complete_file(self._target) as file:
+                file.write_text("".join(line for line in lines if _step(line) <= done), encoding="utf-8")
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write some rollouts of this step."""
+        step = trainer.fit_loop.total_batch_idx + 1
+        rows = _gathered(self._rows(step, outputs))
+        if not trainer.is_global_zero:
+            return
+        assert self._target is not None
+        with self._target.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if step % self.table_every_n_steps == 0:
+            extra = [name for name in rows[0] if name not in _COLUMNS]
+            columns = [*_COLUMNS, *extra]
+            data = [[_cell(row[name]) for name in columns] for row in rows]
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_table("rollouts", columns=columns, data=data)
+
+    def _rows(self, step: int, outputs: Any) -> list[dict[str, Any]]:
+        rollout, scores, advantages = outputs["rollout"], outputs["scores"], outputs["advantages"]
+        batch, completions = rollout.batch, rollout.completions
+        return [
+            {
+                "step": step,
+                "uid": batch.uids[i],
+                "task": batch.tasks[i],
+                "prompt": batch.prompts[i],
+                "completion": completions.texts[i],
+                "finish": completions.finish[i],
+                "tokens": len(completions.token_ids[i]),
+                "reward": _number(scores.total[i]),
+                "advantage": _number(advantages[i]),
+                **{
+                    f"reward/{name}": _number(scores.by_function[i, k]) for k, name in enumerate(scores.names)
+                },
+                **{name: values[i] for name, values in rollout.extra.items()},
+            }
+            for i in range(min(len(rollout), self.groups_per_step * rollout.group_size))
+        ]
+
+
+def _number(value: Any) -> float | None:
+    """A reward that is not applicable becomes null: JSON has no NaN."""
+    number = float(value)
+    return None if number != number else round(number, 6)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def _step(line: str) -> int:
+    """The step of a line; a line that a killed process left half written counts as later than all."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 2**62
+
+
+def _gathered(mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the rows of all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return mine
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [row for part in parts for row in part]

@@ -1,0 +1,21 @@
+"""DataModules: rows of text for every LightningModule of Quiver. A leaf that imports no sibling package."""
+
+from datamodules.arithmetic import ArithmeticDataModule
+from datamodules.base import TextDataModule
+from datamodules.batches import Message, Prompt, TextBatch
+from datamodules.hub import HubDataModule
+from datamodules.jsonl import JsonlDataModule
+from datamodules.multitask import MultiTaskDataModule
+from datamodules.reasoning_gym import ReasoningGymDataModule
+
+__all__ = [
+    "ArithmeticDataModule",
+    "HubDataModule",
+    "JsonlDataModule",
+    "Message",
+    "MultiTaskDataModule",
+    "Prompt",
+    "ReasoningGymDataModule",
+    "TextBatch",
+    "TextDataModule",
+]

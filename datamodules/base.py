@@ -1,0 +1,247 @@
+"""The base of all DataModules: rows of text in, `TextBatch`es out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from datamodules.batches import TextBatch
+from datamodules.loader import EvalLoader, TextLoader, TrainLoader
+from datamodules.rows import ColumnarRows, ParsedRow, RowFormat, Rows
+from datamodules.splits import permutation
+
+Split: TypeAlias = Literal["train", "val", "test"]
+
+_SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test", "val"),
+    None: ("train", "val", "test"),
+}
+
+
+class TextDataModule(LightningDataModule):
+    """Batches of prompts and gold answers; a subclass says where the rows come from.
+
+    A new data set is one method:
+
+        class Capitals(TextDataModule):
+            def rows(self, split):
+                return [{"prompt": "Capital of France?", "answer": "Paris"}] if split == "train" else []
+
+    Batches carry text, never tokens, so every model and chat template can read every DataModule.
+
+    Args:
+        batch_size: Prompts per rank and training step.
+        val_batch_size: Prompts per rank and validation, test or prediction step; None means `batch_size`.
+        prompt_column: Column with the prompt: a string, or a list of `{"role", "content"}` messages.
+        answer_column: Column with the gold answer (of a list, its first element); None for data without.
+        task_column: Column that names the task of a row; None puts all rows into one task, `default`.
+        choices_column: Column with the list of candidate answers of multiple choice.
+        messages_column: Column with a whole conversation, in place of prompt and answer columns: its last
+            message, the assistant's, is the gold answer, what precedes it is the prompt.
+        template: Format string over the row's columns that makes a string prompt; `{prompt}` is the value
+            of the prompt column. Braces inside the values are left alone.
+        system_prompt: Put before each prompt as a system message, unless the prompt brings its own.
+        conversational: Make string prompts into messages, as a system prompt does by itself. Reward
+            functions then get completions as lists of messages too (TRL's convention).
+        shuffle: Whether the training rows are permuted anew in each epoch.
+        seed: Seed of everything that a DataModule draws. The global RNG is not used.
+
+    Raises:
+        ValueError: `template` is malformed.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        prompt_column: str = "prompt",
+        answer_column: str | None = "answer",
+        task_column: str | None = None,
+        choices_column: str | None = None,
+        messages_column: str | None = None,
+        template: str = "{prompt}",
+        system_prompt: str | None = None,
+        conversational: bool = False,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.row_format = RowFormat(
+            prompt_column=prompt_column,
+            answer_column=answer_column,
+            task_column=task_column,
+            choices_column=choices_column,
+            messages_column=messages_column,
+            template=template,
+            system_prompt=system_prompt,
+            conversational=conversational,
+        )
+        self._splits: dict[Split, Rows] = {}
+        self._columns: dict[Split, list[str]] = {}
+        self._train_loader: TrainLoader | None = None
+
+    def rows(self, split: Split) -> Rows:
+        """Return the rows of a split, in a fixed order; called once per split and process.
+
+        Args:
+            split: `train`, `val` or `test`.
+
+        Returns:
+            A sequence of mappings from column to value, or anything with a length, rows by index and
+            `column_names` (an Arrow-backed `datasets.Dataset`), which is then read only as needed. Empty
+            for a split that the data set lacks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define rows(split)")
+
+    def row_name(self, split: Split, index: int) -> str:
+        """Return the name of a row for error messages; a subclass may name the file and line."""
+        return f"{type(self).__name__}, row {index} of the {split} split"
+
+    def train_order(self, epoch: int) -> torch.Tensor:
+        """Return the row indices of a training epoch, (rows per epoch,) int64, a function of `epoch` alone.
+
+        A subclass may override it to mix or repeat rows; the length must be the same in each epoch.
+        """
+        num_rows = len(self._splits["train"])
+        return permutation(num_rows, self.seed, "epoch", epoch) if self.shuffle else torch.arange(num_rows)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and check the splits that `stage` needs.
+
+        Args:
+            stage: `fit`, `validate`, `test`, `predict`, or None for all splits.
+
+        Raises:
+            ValueError: There are no training rows, a column is missing, or a row is malformed. Rows with
+                known columns (Arrow, generated) are checked one by one only when they are batched.
+        """
+        for split in _SPLITS_OF_STAGE[stage]:
+            if split not in self._splits:
+                rows = self.rows(split)
+                if split == "train" and len(rows) == 0:
+                    raise ValueError(f"{type(self).__name__} has no training rows")
+                self._columns[split] = self._checked_columns(split, rows)
+                self._splits[split] = rows
+        if stage in ("fit", None):
+            self._train_loader = None
+
+    def train_dataloader(self) -> TextLoader:
+        """Return the training batches of this rank: a `TrainLoader`, which resumes in mid-epoch.
+
+        Under `Trainer(overfit_batches=...)` it is an `EvalLoader`: the same first rows in every epoch.
+
+        Raises:
+            ValueError: One step takes more rows than there are.
+        """
+        trainer = self.trainer
+        # Lightning sets both attributes from its constructor arguments without declaring them.
+        if trainer is not None and trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return self._eval_loader("train", self.batch_size)
+        # With reload_dataloaders_every_n_epochs a fresh loader would repeat epoch 0 for ever.
+        reloads = trainer is not None and trainer.reload_dataloaders_every_n_epochs > 0  # type: ignore[attr-defined]
+        if not reloads or self._train_loader is None:
+            self._train_loader = TrainLoader(
+                lambda indices: self.collate("train", indices),
+                len(self.train_order(0)),
+                self.batch_size,
+                *self._rank_and_world_size(),
+                order=self.train_order,
+            )
+        return self._train_loader
+
+    def val_dataloader(self) -> TextLoader | list[TextLoader]:
+        """Return the validation batches of this rank, or `[]` (no validation) without validation rows."""
+        return self._eval_loader("val", self.val_batch_size) if len(self._splits["val"]) else []
+
+    def test_dataloader(self) -> TextLoader:
+        """Return the test batches of this rank.
+
+        Raises:
+            ValueError: There are no test rows.
+        """
+        if not len(self._splits["test"]):
+            raise ValueError(f"{type(self).__name__} has no test rows; give it a test split, or use validate")
+        return self._eval_loader("test", self.val_batch_size)
+
+    def predict_dataloader(self) -> TextLoader:
+        """Return the test batches of this rank, or the validation batches without test rows.
+
+        Raises:
+            ValueError: There are neither test nor validation rows.
+        """
+        for split in _SPLITS_OF_STAGE["predict"]:
+            if len(self._splits[split]):
+                return self._eval_loader(split, self.val_batch_size)
+        raise ValueError(f"{type(self).__name__} has neither test nor validation rows to predict")
+
+    def collate(self, split: Split, indices: Sequence[int]) -> TextBatch:
+        """Build the batch of the given rows; their indices are its uids.
+
+        Raises:
+            ValueError: A row is malformed.
+        """
+        rows = [self._splits[split][index] for index in indices]
+        parsed = [self._parse(split, index, row) for index, row in zip(indices, rows, strict=True)]
+        columns = {name: [row.get(name) for row in rows] for name in self._columns[split]}
+        answers = [row.answer for row in parsed]
+        tasks = [row.task for row in parsed]
+        has_answers = self.row_format.answer_column is not None or self.row_format.messages_column is not None
+        if has_answers:
+            columns.setdefault("answer", list(answers))
+        columns.setdefault("task", list(tasks))
+        return TextBatch(
+            prompts=[row.prompt for row in parsed],
+            answers=answers,
+            tasks=tasks,
+            uids=list(indices),
+            columns=columns,
+            choices=[row.choices for row in parsed],
+        )
+
+    def _checked_columns(self, split: Split, rows: Rows) -> list[str]:
+        if isinstance(rows, ColumnarRows):
+            columns = list(rows.column_names)
+        else:
+            columns = list(dict.fromkeys(name for index in range(len(rows)) for name in rows[index]))
+            for index in range(len(rows)):
+                self._parse(split, index, rows[index])
+        if len(rows):
+            try:
+                self.row_format.check_columns(columns)
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}, {split} split: {error}") from error
+        return columns
+
+    def _parse(self, split: Split, index: int, row: object) -> ParsedRow:
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{self.row_name(split, index)}: a row must be a mapping, got {type(row).__name__}"
+            )
+        try:
+            return self.row_format.parse(row)
+        except ValueError as error:
+            raise ValueError(f"{self.row_name(split, index)}: {error}") from error
+
+    def _eval_loader(self, split: Split, batch_size: int) -> EvalLoader:
+        return EvalLoader(
+            lambda indices: self.collate(split, indices),
+            len(self._splits[split]),
+            batch_size,
+            *self._rank_and_world_size(),
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        # Ranks of one tensor-parallel group must read the same rows, so the strategy is asked for its place
+        # among the data-parallel ranks; it answers None on a single device.
+        sampler = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (0, 1) if sampler is None else (sampler["rank"], sampler["num_replicas"])

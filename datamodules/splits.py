@@ -1,0 +1,74 @@
+"""Seeded choices over row indices: permutations, held-out parts and quotas. The global RNG is never used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def stable_hash(*key: int | str) -> int:
+    """Return a 63-bit integer that depends on `key` alone, unlike `hash()`, which differs per process.
+
+    Example:
+        >>> stable_hash(0, "val") == stable_hash(0, "val"), stable_hash(0, "val") == stable_hash(1, "val")
+        (True, False)
+    """
+    text = "/".join(str(part) for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def permutation(num_rows: int, *key: int | str) -> torch.Tensor:
+    """Return the permutation of `range(num_rows)` that belongs to `key`, (num_rows,) int64 on the CPU."""
+    generator = torch.Generator(device="cpu").manual_seed(stable_hash(*key))
+    return torch.randperm(num_rows, generator=generator, device="cpu")
+
+
+def held_out(num_rows: int, val_size: int | float, seed: int, name: str) -> tuple[list[int], list[int]]:
+    """Split row indices into a training and a validation part.
+
+    Args:
+        num_rows: Number of rows to split.
+        val_size: A fraction in [0, 1) of the rows (at least one row if above 0), or a number of rows.
+        seed: Decides which rows are held out.
+        name: What the rows are, for the error message.
+
+    Returns:
+        Training and validation indices: disjoint, sorted, together all rows.
+
+    Raises:
+        ValueError: `val_size` is negative, a fraction of 1 or more, or leaves no row to train on.
+    """
+    if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
+        raise ValueError(
+            f"val_size={val_size!r} is neither a fraction in [0, 1) nor a number of rows; "
+            "write 0.1 for a tenth of the rows, 100 for a hundred rows"
+        )
+    count = max(1, round(val_size * num_rows)) if 0 < val_size < 1 else int(val_size)
+    if count and count >= num_rows:
+        raise ValueError(
+            f"val_size={val_size!r} holds out {count} of the {num_rows} rows of {name} and leaves none to "
+            "train on; lower val_size"
+        )
+    chosen = permutation(num_rows, seed, "held out").tolist()
+    return sorted(chosen[count:]), sorted(chosen[:count])
+
+
+def quotas(weights: Sequence[float], total: int) -> list[int]:
+    """Share `total` rows in proportion to `weights` by largest remainder.
+
+    Returns:
+        One count per weight; the counts sum to `total` and differ from the exact shares by less than 1.
+
+    Example:
+        >>> quotas([3, 1], 10)
+        [8, 2]
+    """
+    scale = total / sum(weights)
+    exact = [weight * scale for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts

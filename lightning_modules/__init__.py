@@ -1,0 +1,23 @@
+"""LightningModules of Quiver. Imported lazily, so that pure functions and `quiver --help` stay light."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_modules.causal_lm import CausalLMModule
+    from lightning_modules.grpo.module import GRPOModule
+    from lightning_modules.sft import SFTModule
+
+_HOMES = {
+    "CausalLMModule": "lightning_modules.causal_lm",
+    "GRPOModule": "lightning_modules.grpo.module",
+    "SFTModule": "lightning_modules.sft",
+}
+
+__all__ = ["CausalLMModule", "GRPOModule", "SFTModule"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"lightning_modules has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)

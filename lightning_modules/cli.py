@@ -1,0 +1,113 @@
+"""The `quiver` command: a front end that answers and dispatches without importing lightning."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+
+PACKAGES = ("lightning_modules", "datamodules", "callbacks")
+
+# Commands that train nothing, as "module:function"; jsonargparse makes their options from the signature.
+LIGHT_COMMANDS = {
+    "configs": "lightning_modules.configs:list_configs",
+    "export": "lightning_modules.export:merge_adapter",
+}
+
+USAGE = """usage: quiver COMMAND [options]
+
+Post-train language models with PyTorch Lightning.
+
+Commands that run a model, from one YAML or several, later ones winning:
+  fit        train                    quiver fit -c grpo/demo.yaml
+  validate   evaluate, validation set quiver validate -c grpo/demo.yaml --ckpt_path FILE
+  test       evaluate, test set
+  predict    generate completions
+
+Commands that train nothing:
+  configs    list the configurations that come with quiver
+  export     merge an adapter folder into a plain Hugging Face folder
+
+quiver fit -c FILE --print_config   shows every setting with its value
+quiver fit --help                   lists the options of a command
+quiver fit -c FILE --trainer.max_steps 10 --model.num_generations 4   overrides settings
+QUIVER_FIT__TRAINER__MAX_STEPS=10   the same from the environment
+QUIVER_TRACEBACK=1                  shows the traceback of an error
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program name; None takes those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error whose message was printed. Wrong options exit with 2, Ctrl-C
+        with 130.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    # A user's own module in this folder works as a class path. Appended, so that it can shadow nothing.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        check_packages()
+        return _dispatch(arguments)
+    except (ValueError, ImportError, OSError) as error:
+        return _report(error)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name, *rest = arguments
+    if name in LIGHT_COMMANDS:
+        from jsonargparse import auto_cli
+
+        module, function = LIGHT_COMMANDS[name].split(":")
+        auto_cli(
+            getattr(importlib.import_module(module), function),
+            args=rest,
+            as_positional=True,
+            prog=f"quiver {name}",
+        )
+        return 0
+    return int(importlib.import_module("lightning_modules.training_cli").run(arguments))
+
+
+def check_packages() -> None:
+    """Check that the three packages are ours.
+
+    Raises:
+        ImportError: If a foreign package of the same name comes first on the path.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != home / name:
+            raise ImportError(
+                f"The package {name!r} is {found or 'missing'}, not quiver's own in {home}. Uninstall or "
+                "rename the foreign package, or take its folder off PYTHONPATH."
+            )
+
+
+def _report(error: Exception) -> int:
+    """Print an error: the message alone where we raised it for the user, else the traceback too."""
+    home = Path(__file__).resolve().parent.parent
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = bool(frames) and any(Path(frames[-1]).resolve().is_relative_to(home / name) for name in PACKAGES)
+    if os.environ.get("QUIVER_TRACEBACK") or not ours:
+        traceback.print_exception(error)
+    elif error.__cause__ is not None:  # somebody's own code: show where it failed
+        traceback.print_exception(error.__cause__)
+    print(f"quiver: error: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

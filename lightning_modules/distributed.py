@@ -1,0 +1,78 @@
+"""What several processes need to agree on: random states, sums, and when gradients are exchanged."""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from torch import Tensor
+
+
+def rng_states() -> list[dict[str, Any]]:
+    """Collect the state of every random generator of every rank, as data that a safe load accepts.
+
+    Returns:
+        One entry per rank. On several ranks this is a collective: all of them must call it.
+    """
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype("int64")), position, has_gauss, cached),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return states
+
+
+def set_rng_states(states: list[dict[str, Any]], rank: int) -> None:
+    """Restore what `rng_states` collected.
+
+    Args:
+        states: One entry per rank of the run that wrote them.
+        rank: This process. A rank that the earlier run did not have keeps its seeded state.
+    """
+    if rank >= len(states):
+        return
+    state = states[rank]
+    version, internal, gauss = state["python"]
+    name, keys, position, has_gauss, cached = state["numpy"]
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def all_sum(strategy: Strategy, values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks.
+
+    Args:
+        strategy: The Trainer's strategy.
+        values: Any shape; the same on every rank.
+
+    Returns:
+        The sum, equal on every rank.
+    """
+    total = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def gradient_exchange(strategy: Strategy, *, enabled: bool) -> AbstractContextManager[Any]:
+    """Return a context whose backward passes exchange gradients between ranks, or only add them up locally.
+
+    Ranks may run different numbers of backward passes as long as each exchanges exactly once per update.
+    """
+    if enabled or not isinstance(strategy, ParallelStrategy):
+        return nullcontext()
+    return strategy.block_backward_sync()

@@ -1,0 +1,89 @@
+"""Files that appear complete or not at all, and never replace what an earlier run left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def complete_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that takes its place when the block succeeds.
+
+    A block that raises leaves nothing behind. Where another process finished the same target meanwhile,
+    its folder is kept: both hold the same content by construction.
+
+    Args:
+        target: The folder to appear. Its parents are made.
+
+    Yields:
+        The folder to write into.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            _sync(file)
+        aside.chmod(0o755)  # mkdtemp makes it private
+        try:
+            aside.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def complete_file(target: Path) -> Iterator[Path]:
+    """Yield a file name beside `target` that takes its place when the block succeeds.
+
+    Args:
+        target: The file to appear or to be replaced. Its parents are made.
+
+    Yields:
+        The name to write to; it ends like `target`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{os.getpid()}-{target.name}")
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(target)
+        _sync(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename what an earlier run left at `path`, so that this run writes to a free name.
+
+    `metrics.csv` becomes `metrics.1.csv`, the next one `metrics.2.csv`, and so on.
+
+    Args:
+        path: A file or folder that is about to be written.
+
+    Returns:
+        The new name of the earlier one, or None where there was none.
+    """
+    if not path.exists():
+        return None
+    number = 1
+    while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(earlier)
+    return earlier

@@ -1,0 +1,1 @@
+"""Group relative policy optimisation: pure functions, reward functions, and the module around them."""

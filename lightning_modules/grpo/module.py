@@ -1,0 +1,408 @@
+"""GRPOModule: group relative policy optimisation as four hooks around pure functions.
+
+Shapes: B rows = prompts x G, K reward functions, T completion tokens, b rows of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr
+from torch import Tensor
+
+from datamodules.batches import TextBatch
+from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.distributed import all_sum
+from lightning_modules.grpo.advantages import group_advantages
+from lightning_modules.grpo.evaluation import pass_at_k
+from lightning_modules.grpo.losses import aggregate, clip_fractions, clipped_surrogate, kl_estimate
+from lightning_modules.grpo.metrics import Clock, Means, add_rollout_means
+from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
+from lightning_modules.grpo.rewards import RewardFunction
+from lightning_modules.grpo.rollout import (
+    MicroBatch,
+    Rollout,
+    Scores,
+    collate,
+    repeat_rows,
+)
+from lightning_modules.grpo.scoring import (
+    Scoring,
+    reward_names,
+    score_completions,
+    weighted_total,
+)
+from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
+from lightning_modules.microbatches import plan_micro_batches
+from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
+
+
+class GRPOModule(CausalLMModule):
+    """Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300, eq. 3).
+
+    Two completions per prompt, the default, are 2-GRPO ("It Takes Two: Your GRPO Is Secretly DPO", arXiv
+    2510.00977). A step samples `num_generations` completions of each prompt, scores them, compares them
+    within their group, and updates the policy. A subclass changes the method by overriding one hook:
+    `rollout`, `score`, `advantages` or `loss`.
+
+    Deviations from the papers: advantages use the population standard deviation by default, as the 2-GRPO
+    paper's analysis does and DeepSeekMath leaves open; tokens of the whole optimiser step weigh the same
+    (`over: tokens`, DAPO), not sequences; the clip defaults to 0.2 on both sides; no KL term by default.
+
+    One `training_step` is one rollout with its `updates_per_rollout` updates, by manual optimisation, so
+    every checkpoint lies on a rollout border. `max_steps` counts updates; a step without any live group
+    makes none.
+
+    Args:
+        rewards: Reward functions in TRL's convention; the first one decides success.
+        scoring: Their weights, time-out, treatment of NaN, and the reward that counts as success.
+        num_generations: G, completions per prompt, at least 2.
+        sampling: How rollouts are drawn.
+        sampler: Who draws them; default `GenerateSampler`.
+        scale: Advantage scaling: `std`, `population`, `batch`, `none` (Dr.GRPO) or `rloo`.
+        clip: Lower and upper clip range of the probability ratio.
+        kl_coef: Weight of the k3 KL estimate to the base policy (the disabled adapter). 0 computes none.
+        over: What the loss averages over: `tokens`, `sequences`, or a `constant` (rows x max_new_tokens).
+            The denominator is always that of the whole optimiser step over all ranks.
+        updates_per_rollout: Optimiser updates from each rollout; each uses all its live rows.
+        max_tokens_per_microbatch: Token budget of one forward and backward pass. Does not change gradients.
+        dead_groups: Whether groups without any advantage stay in the denominator (`keep`, as in TRL and
+            verl) or leave the objective (`renormalize`). They reach no forward pass, except for the KL term
+            of `keep`.
+        num_val_generations: k, completions per prompt in validation.
+        val_sampling: How validation draws; default `sampling`.
+        **kwargs: Arguments of `CausalLMModule`.
+    """
+
+    def __init__(
+        self,
+        rewards: list[RewardFunction],
+        scoring: Scoring = Scoring(),  # noqa: B008  frozen
+        num_generations: int = 2,
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        sampler: Sampler | None = None,
+        scale: Literal["std", "population", "batch", "none", "rloo"] = "population",
+        clip: tuple[float, float] = (0.2, 0.2),
+        kl_coef: float = 0.0,
+        over: Literal["tokens", "sequences", "constant"] = "tokens",
+        updates_per_rollout: int = 1,
+        max_tokens_per_microbatch: int = 4096,
+        dead_groups: Literal["keep", "renormalize"] = "keep",
+        num_val_generations: int = 1,
+        val_sampling: Sampling | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+        if num_generations < 2:
+            raise ValueError(
+                f"num_generations={num_generations}: a completion is compared with the others of its group, "
+                "so a group of one teaches nothing. Set num_generations: 2 or more."
+            )
+        if sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature=0: greedy completions of a group are all equal, so there is nothing to "
+                "compare. Set a positive temperature; val_sampling may be greedy."
+            )
+        for name, value in {
+            "updates_per_rollout": updates_per_rollout,
+            "max_tokens_per_microbatch": max_tokens_per_microbatch,
+            "num_val_generations": num_val_generations,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1.")
+        if kl_coef and kwargs.get("adapter") is None:
+            raise ValueError(
+                f"kl_coef={kl_coef} with adapter=None: full fine-tuning leaves no base policy to compare "
+                "with. Set kl_coef: 0, or train an adapter such as peft.LoraConfig."
+            )
+        self.reward_functions = rewards
+        self.scoring = scoring
+        self.num_generations = num_generations
+        self.sampling = sampling
+        self.sampler = sampler or GenerateSampler()
+        self.scale: Literal["std", "population", "batch", "none", "rloo"] = scale
+        self.clip = clip
+        self.kl_coef = kl_coef
+        self.over: Literal["tokens", "sequences", "constant"] = over
+        self.updates_per_rollout = updates_per_rollout
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.dead_groups = dead_groups
+        self.num_val_generations = num_val_generations
+        self.val_sampling = val_sampling or sampling
+        self.num_tokens = 0
+        self.skipped_steps = 0
+
+    def configure_model(self) -> None:
+        """Load the model and hand it to the sampler."""
+        super().configure_model()
+        assert self.model is not None
+        self.sampler.bind(self.model, self.tokenizer)
+
+    def on_fit_start(self) -> None:
+        """Write the hyper-parameters to the loggers and print the plan."""
+        super().on_fit_start()
+        if lightning_hasattr(self, "batch_size"):
+            batch_size: Any = lightning_getattr(self, "batch_size")
+            self.print(self.plan(batch_size))
+
+    def plan(self, prompts_per_rank: int) -> Plan:
+        """Say what one step does.
+
+        Args:
+            prompts_per_rank: The DataModule's batch size.
+        """
+        assert self.model is not None
+        return Plan(
+            prompts_per_rank=prompts_per_rank,
+            world_size=self.trainer.world_size,
+            group_size=self.num_generations,
+            max_new_tokens=self.sampling.max_new_tokens,
+            updates_per_rollout=self.updates_per_rollout,
+            max_tokens_per_microbatch=self.max_tokens_per_microbatch,
+            vocab_size=self.text_config.vocab_size,
+            kv_bytes_per_token=kv_bytes_per_token(self.text_config, self.weights_dtype),
+            **parameter_facts(self.model),
+        )
+
+    # ------------------------------------------------------------------ the four hooks
+
+    def rollout(self, batch: TextBatch, num_generations: int, sampling: Sampling) -> Rollout:
+        """Draw completions. Called in training and in validation.
+
+        Args:
+            batch: The prompts (B / num_generations).
+            num_generations: Completions per prompt.
+            sampling: How to draw.
+
+        Returns:
+            B rows, the completions of a prompt next to each other.
+        """
+        ids = self.encode_prompts(batch.prompts, room=sampling.max_new_tokens)
+        prompt_ids = [row for row in ids for _ in range(num_generations)]
+        return Rollout(
+            batch=repeat_rows(batch, num_generations),
+            prompt_ids=prompt_ids,
+            completions=self.sampler.generate(prompt_ids, sampling),
+            group_size=num_generations,
+        )
+
+    def score(self, rollout: Rollout) -> Scores:
+        """Reward each completion.
+
+        Args:
+            rollout: B rows.
+
+        Returns:
+            Rewards per function (B, K), their weighted sum (B), and success (B).
+        """
+        by_function = score_completions(
+            self.reward_functions,
+            self.scoring,
+            prompts=rollout.batch.prompts,
+            completions=rollout.completions_for_rewards(),
+            completion_ids=rollout.completions.token_ids,
+            columns=rollout.batch.columns,
+            trainer_state=SimpleNamespace(global_step=self.global_step, epoch=self.current_epoch),
+            log_extra=rollout.extra.__setitem__,
+            log_metric=self._log_metric,
+        )
+        return Scores(
+            by_function=by_function,
+            total=weighted_total(by_function, self.scoring.weights),
+            success=by_function[:, 0] >= self.scoring.success,
+            names=reward_names(self.reward_functions),
+        )
+
+    def advantages(self, scores: Scores, rollout: Rollout) -> Tensor:
+        """Compare the completions of each group.
+
+        Args:
+            scores: Rewards of B rows.
+            rollout: The rows.
+
+        Returns:
+            Advantage of each row (B). Groups of zeros are dead: they teach nothing.
+        """
+        return group_advantages(scores.total, rollout.group_size, scale=self.scale)
+
+    def loss(self, rows: MicroBatch) -> Tensor:
+        """Loss of each token, before aggregation.
+
+        Args:
+            rows: A micro-batch with `logprobs`, `old_logprobs` and, where `kl_coef` is set, `ref_logprobs`.
+
+        Returns:
+            (b, T); what stands at masked positions does not count.
+        """
+        assert rows.logprobs is not None
+        assert rows.old_logprobs is not None
+        loss_BT = clipped_surrogate(
+            rows.logprobs, rows.old_logprobs, rows.advantages, rows.mask, clip=self.clip
+        )
+        if rows.ref_logprobs is not None:
+            loss_BT = loss_BT + self.kl_coef * kl_estimate(rows.logprobs, rows.ref_logprobs, "k3")
+        return loss_BT
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
+        """One rollout and its updates.
+
+        Returns:
+            `rollout`, `scores` and `advantages`, for callbacks.
+        """
+        clock, means = Clock(), Means()
+        with clock("generate"):
+            rollout = self.rollout(batch, self.num_generations, self.sampling)
+        with clock("score"):
+            scores = self.score(rollout)
+        advantages_B = self.advantages(scores, rollout)
+        if advantages_B.shape != (len(rollout),) or not advantages_B.isfinite().all():
+            raise ValueError(
+                f"{type(self).__name__}.advantages must return one finite number for each of the "
+                f"{len(rollout)} rows, got {advantages_B}."
+            )
+        add_rollout_means(means, rollout, scores, advantages_B)
+        with clock("update"):
+            self._update(rollout, advantages_B, means)
+        self._log_step(rollout, means, clock)
+        return {"rollout": rollout, "scores": scores, "advantages": advantages_B}
+
+    def _update(self, rollout: Rollout, advantages_B: Tensor, means: Means) -> None:
+        """Update the policy from the rows that carry a gradient; the same number of times on every rank."""
+        strategy = self.trainer.strategy
+        for name in ("entropy", "clip_low", "clip_high", "grad_norm", *(["kl"] if self.kl_coef else [])):
+            means.add(name, torch.empty(0))  # a step without update logs NaN, not the value of the last one
+        live_B = advantages_B != 0
+        lengths_B = rollout.lengths
+        counted_B = live_B if self.dead_groups == "renormalize" else torch.ones_like(live_B)
+        # A KL term gives dead rows a gradient, as long as they belong to the objective.
+        computed_B = counted_B if self.kl_coef else live_B
+        tokens, sequences, computed = all_sum(
+            strategy, torch.stack([lengths_B[counted_B].sum(), counted_B.sum(), computed_B.sum()])
+        ).tolist()
+        if computed == 0:
+            self.skipped_steps += 1
+            return
+        denominator = {
+            "tokens": tokens,
+            "sequences": sequences,
+            "constant": sequences * self.sampling.max_new_tokens,
+        }[self.over]
+
+        rows = computed_B.nonzero()[:, 0].tolist()
+        sizes = [len(rollout.prompt_ids[row]) + int(lengths_B[row]) for row in rows]
+        groups = [
+            [rows[i] for i in group] for group in plan_micro_batches(sizes, self.max_tokens_per_microbatch)
+        ]
+        # A rank without rows of its own joins the exchange of gradients with a masked row.
+        micro_batches = [self._collate(rollout, advantages_B, group) for group in groups or [[0]]]
+        if not groups:
+            micro_batches[0].mask.zero_()
+        # Ranks add their gradients up as a mean, hence the world size.
+        share = denominator / self.trainer.world_size
+        for _ in range(self.updates_per_rollout):
+            norm = self.update([partial(self._share_of_loss, rows, share, means) for rows in micro_batches])
+            means.add("grad_norm", norm)
+
+    def _share_of_loss(self, rows: MicroBatch, denominator: float, means: Means) -> Tensor:
+        self._forward_policy(rows)
+        self._add_update_means(means, rows)
+        return aggregate(self.loss(rows), rows.mask, over=self.over, denominator=denominator)
+
+    def _collate(self, rollout: Rollout, advantages_B: Tensor, rows: list[int]) -> MicroBatch:
+        return collate(rollout, advantages_B, rows, pad_token_id=self.pad_token_id, device=self.device)
+
+    def _forward_policy(self, rows: MicroBatch) -> None:
+        """Fill in log-probabilities: of the policy each time, of the old and the base policy once.
+
+        The first update starts from the policy that sampled, so its own log-probabilities are the old ones
+        and cost no pass.
+        """
+        T = rows.mask.shape[1]
+        ids_BT = rows.input_ids[:, -T:]
+        if self.kl_coef and rows.ref_logprobs is None:
+            with torch.no_grad(), self.adapter.disabled():
+                logits = completion_logits(
+                    self, rows.input_ids, rows.attention_mask, T, self.sampling.temperature
+                )
+                rows.ref_logprobs = token_logprobs(logits, ids_BT)
+        logits = completion_logits(self, rows.input_ids, rows.attention_mask, T, self.sampling.temperature)
+        rows.logprobs = token_logprobs(logits, ids_BT)
+        rows.entropy = token_entropy(logits.detach())
+        if rows.old_logprobs is None:
+            rows.old_logprobs = rows.logprobs.detach()
+
+    def _add_update_means(self, means: Means, rows: MicroBatch) -> None:
+        assert rows.logprobs is not None
+        assert rows.old_logprobs is not None
+        assert rows.entropy is not None
+        logprobs = rows.logprobs.detach()
+        low, high = clip_fractions(logprobs, rows.old_logprobs, rows.advantages, rows.mask, clip=self.clip)
+        means.add("entropy", rows.entropy, rows.mask)
+        means.add("clip_low", low.float(), rows.mask)
+        means.add("clip_high", high.float(), rows.mask)
+        if rows.ref_logprobs is not None:
+            means.add("kl", kl_estimate(logprobs, rows.ref_logprobs, "k3"), rows.mask)
+
+    def _log_step(self, rollout: Rollout, means: Means, clock: Clock) -> None:
+        generated = all_sum(self.trainer.strategy, rollout.lengths.sum())
+        self.num_tokens += int(generated.item())
+        values = means.reduce(self.trainer.strategy)
+        values |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
+        values |= {"tokens": float(self.num_tokens), "skipped_steps": float(self.skipped_steps)}
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
+        # Logged a second time without the prefix only for the progress bar.
+        self.log("reward", values["reward"], prog_bar=True, logger=False, batch_size=1)
+
+    def _log_metric(self, name: str, value: float) -> None:
+        """Let a reward function log a number of its own (TRL's `log_metric`)."""
+        self.log(f"{'train' if self.trainer.training else 'val'}/{name}", value, batch_size=1)
+
+    def counters(self) -> Mapping[str, int]:
+        """Return the running counts."""
+        return {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Continue the running counts."""
+        self.num_tokens = counters.get("num_tokens", 0)
+        self.skipped_steps = counters.get("skipped_steps", 0)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
+        """Log `mean@k` and the unbiased `pass@k` of success.
+
+        Returns:
+            `rollout`, `scores`, and `success` per prompt and completion, bool (B / k, k).
+        """
+        k = self.num_val_generations
+        rollout = self.rollout(batch, k, self.val_sampling)
+        scores = self.score(rollout)
+        success_Qk = scores.success.view(-1, k)
+        stage = "test" if self.trainer.testing else "val"
+        values = {
+            "reward": scores.total.nanmean(),
+            f"mean@{k}": success_Qk.float().mean(),
+            "completion_length": rollout.lengths.float().mean(),
+            "truncated": rollout.truncated.float().mean(),
+        }
+        if k > 1:
+            correct = success_Qk.sum(1).tolist()
+            values[f"pass@{k}"] = torch.tensor([pass_at_k(c, k, k) for c in correct]).mean()
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, batch_size=len(batch), on_epoch=True, sync_dist=True)
+        return {"rollout": rollout, "scores": scores, "success": success_Qk}
+
+    def test_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
+        """Do what validation does, on the test set, under `test/`."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[str]:
+        """Return one completion per prompt."""
+        return self.rollout(batch, 1, self.val_sampling).completions.texts

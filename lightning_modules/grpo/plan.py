@@ -1,0 +1,96 @@
+"""The plan that is printed before training: what one step does, in units a user can reason about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One optimiser step of GRPO in numbers.
+
+    Attributes:
+        prompts_per_rank: Prompts per rank and rollout.
+        world_size: Ranks.
+        group_size: Completions per prompt.
+        max_new_tokens: Length limit of a completion.
+        updates_per_rollout: Optimiser updates per rollout.
+        max_tokens_per_microbatch: Token budget of one forward pass.
+        vocab_size: Width of the logits.
+        kv_bytes_per_token: Key-value cache of one token.
+        trainable: Parameters that are learned.
+        frozen: Parameters that are not.
+        weight_bytes: All parameters in memory.
+        gradient_bytes: Gradients of the trainable ones.
+    """
+
+    prompts_per_rank: int
+    world_size: int
+    group_size: int
+    max_new_tokens: int
+    updates_per_rollout: int
+    max_tokens_per_microbatch: int
+    vocab_size: int
+    kv_bytes_per_token: int
+    trainable: int
+    frozen: int
+    weight_bytes: int
+    gradient_bytes: int
+
+    def __str__(self) -> str:
+        prompts = self.prompts_per_rank * self.world_size
+        rollouts = prompts * self.group_size
+        moments = 2 * self.gradient_bytes
+        cache = self.prompts_per_rank * self.group_size * self.max_new_tokens * self.kv_bytes_per_token
+        # At most every position of a micro-batch is scored: logits in float32, and their gradient.
+        logits = 2 * 4 * self.max_tokens_per_microbatch * self.vocab_size
+        total = self.weight_bytes + self.gradient_bytes + moments + max(cache, logits)
+        lines = [
+            "Plan",
+            f"  prompts per step       {prompts:,} ({self.prompts_per_rank:,} x {self.world_size} ranks)",
+            f"  rollouts per step      {rollouts:,} ({self.group_size} per prompt)",
+            f"  completion tokens      up to {rollouts * self.max_new_tokens:,} per step "
+            f"({self.max_new_tokens:,} each)",
+            f"  updates per rollout    {self.updates_per_rollout} (on live groups, at most "
+            f"{self.max_tokens_per_microbatch:,} tokens a forward pass)",
+            f"  parameters             {self.trainable:,} trained, {self.frozen:,} frozen",
+            f"  memory per rank        about {total / _GIB:.2f} GiB without activations: weights "
+            f"{self.weight_bytes / _GIB:.2f}, gradients {self.gradient_bytes / _GIB:.2f}, AdamW moments "
+            f"{moments / _GIB:.2f}, then the larger of cache {cache / _GIB:.2f} (completions) and logits "
+            f"{logits / _GIB:.2f} (at most)",
+        ]
+        return "\n".join(lines)
+
+
+def parameter_facts(model: nn.Module) -> dict[str, int]:
+    """Count parameters and their bytes.
+
+    Returns:
+        `trainable`, `frozen`, `weight_bytes` and `gradient_bytes`.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    every = list(model.parameters())
+    return {
+        "trainable": sum(p.numel() for p in trained),
+        "frozen": sum(p.numel() for p in every) - sum(p.numel() for p in trained),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in every),
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
+    }
+
+
+def kv_bytes_per_token(config: object, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token leaves in the cache.
+
+    Args:
+        config: The text configuration of a transformers model.
+        dtype: Precision of the cache.
+    """
+    heads = config.num_attention_heads  # type: ignore[attr-defined]
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)  # type: ignore[attr-defined]

@@ -1,0 +1,283 @@
+"""Rewards in TRL's convention: the built-in functions.
+
+A reward function is called with `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`,
+`log_metric` and every data column as keyword arguments, each column B long, and returns B numbers, None where
+it does not apply to a row. It may be async. Completions are strings, or `[{"role": "assistant", "content":
+...}]` where prompts are conversations. Reward functions of TRL run unchanged.
+
+Shapes: B rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal, TypeAlias
+
+from datamodules.batches import Prompt
+
+RewardFunction: TypeAlias = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+"""`f(prompts=, completions=, **columns)`: one number or None per row, at once or awaited."""
+
+Completion: TypeAlias = Prompt
+"""A string, or the messages that answer a conversation."""
+
+# A sign counts unless it follows a word, a number or a bracket: there it is a dash or a subtraction.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-+])?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
+)
+# Punctuation goes, but signs and separators of numbers stay: -5 is not 5, 3.14 is not 314.
+_PUNCTUATION = re.compile(r"(?!(?<![^\W\d_])[-+.,:/](?=\d))[^\w\s]")
+
+_NOT_DATA = {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+
+
+def text_of(completion: Completion) -> str:
+    """Return the text of a completion, whichever form it has; several messages are joined by newlines.
+
+    >>> text_of([{"role": "assistant", "content": "42"}])
+    '42'
+    """
+    return completion if isinstance(completion, str) else "\n".join(turn["content"] for turn in completion)
+
+
+class GoldReward(ABC):
+    """Base of rewards that compare a completion with its row's gold answer: implement `score`."""
+
+    column: str
+
+    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+        """Score each completion; a row whose gold answer is None is not applicable."""
+        golds = _column(self, self.column, columns)
+        return [
+            None if gold is None else self.score(text_of(completion), gold)
+            for completion, gold in zip(completions, golds, strict=True)
+        ]
+
+    @abstractmethod
+    def score(self, text: str, gold: Any) -> float | None:
+        """Score one completion against its gold answer; None where the reward does not apply."""
+
+
+@dataclass(frozen=True)
+class NumericAnswer(GoldReward):
+    """1 if the last number of the completion equals the last number of the gold answer, else 0.
+
+    Knows signs, decimals, exponents and thousands separators (1,234.5); compares decimals exactly. GSM8K's
+    `#### 72` needs nothing special. A fraction counts as two numbers: use `MathVerify` for those. A gold
+    answer without any number is not applicable.
+
+    Attributes:
+        column: The data column with the gold answer, text or number.
+        tolerance: Largest accepted difference.
+    """
+
+    column: str = "answer"
+    tolerance: float = 0.0
+
+    def score(self, text: str, gold: Any) -> float | None:
+        """Compare the last numbers."""
+        expected, found = _last_number(str(gold)), _last_number(text)
+        if expected is None or found is None:
+            return None if expected is None else 0.0
+        # == first: it is exact, while a difference is rounded to 28 digits.
+        return float(found == expected or abs(found - expected) <= Decimal(str(self.tolerance)))
+
+
+@dataclass(frozen=True)
+class AnyOf(GoldReward):
+    """1 if the completion is one of the gold answers, else 0, after normalising both.
+
+    Case, white space and punctuation do not matter, except signs and separators inside numbers. A gold
+    answer that is nothing but punctuation is compared as it stands. An empty list is not applicable.
+
+    Attributes:
+        column: The data column with the gold answers of a row: a list, or one string.
+        contained: Whether it is enough that a gold answer occurs in the completion, as whole words.
+        drop_articles: Whether to ignore a, an, the (as SQuAD's metric does).
+    """
+
+    column: str = "answers"
+    contained: bool = False
+    drop_articles: bool = False
+
+    def score(self, text: str, gold: Any) -> float | None:
+        """Look for any of the gold answers."""
+        golds = [gold] if isinstance(gold, str) else [str(one) for one in gold]
+        return float(any(self._matches(text, one) for one in golds)) if golds else None
+
+    def _matches(self, text: str, gold: str) -> bool:
+        found, expected = self._normalise(text), self._normalise(gold)
+        if not expected:
+            found, expected = text.strip(), gold.strip()
+        return f" {expected} " in f" {found} " if self.contained else found == expected
+
+    def _normalise(self, text: str) -> str:
+        words = _PUNCTUATION.sub("", unicodedata.normalize("NFKC", text).casefold()).split()
+        return " ".join(word for word in words if not (self.drop_articles and word in ("a", "an", "the")))
+
+
+@dataclass(frozen=True)
+class MathVerify(GoldReward):
+    """1 if math-verify finds the completion's answer mathematically equal to the gold one, else 0.
+
+    A gold answer that math-verify cannot parse is not applicable, as in TRL's `accuracy_reward`. Of a text
+    with GSM8K's `####` the part after the last one counts. Needs the extra `math`.
+
+    Attributes:
+        column: The data column with the gold answer, LaTeX or plain.
+        timeout: Seconds for each parse and comparison, after which it fails: 0. Only in the main thread,
+            since math-verify uses signal.alarm; elsewhere, so with `Scoring.timeout`, it does not apply.
+    """
+
+    column: str = "answer"
+    timeout: int = 5
+
+    def score(self, text: str, gold: Any) -> float | None:
+        """Compare the parsed answers."""
+        try:
+            import math_verify
+        except ImportError as error:
+            raise ImportError("MathVerify needs math-verify: pip install 'lightning-quiver[math]'") from error
+        seconds = self.timeout if threading.current_thread() is threading.main_thread() else None
+        expected = math_verify.parse(str(gold).rsplit("####", 1)[-1], parsing_timeout=seconds)
+        if not expected:
+            return None
+        found = math_verify.parse(text.rsplit("####", 1)[-1], parsing_timeout=seconds)
+        return float(math_verify.verify(expected, found, timeout_seconds=seconds))
+
+
+@dataclass(frozen=True)
+class RegexFormat:
+    r"""1 if the completion has the form of a regular expression, else 0.
+
+    Attributes:
+        pattern: Python syntax; the dot matches newlines too, e.g. `<think>.*</think>\s*\S.*`.
+        full: Whether the whole completion must match, rather than any part of it.
+    """
+
+    pattern: str
+    full: bool = True
+
+    def __post_init__(self) -> None:
+        _compiled(self.pattern)
+
+    def __call__(self, completions: Sequence[Completion], **_: Any) -> list[float]:
+        """Match each completion."""
+        pattern = _compiled(self.pattern)
+        match = pattern.fullmatch if self.full else pattern.search
+        return [float(bool(match(text_of(one)))) for one in completions]
+
+
+@dataclass(frozen=True)
+class LengthReward:
+    """0 up to `target`, then falling linearly to -1 at `maximum`, and -1 beyond.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), with target = L_max - L_cache and
+    maximum = L_max.
+
+    Attributes:
+        target: Longest completion without penalty.
+        maximum: Shortest completion with the full penalty.
+        unit: What is counted.
+    """
+
+    target: int
+    maximum: int
+    unit: Literal["tokens", "characters"] = "tokens"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.target < self.maximum:
+            raise ValueError(f"target={self.target} and maximum={self.maximum}: need 0 <= target < maximum")
+
+    def __call__(
+        self, completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]] = (), **_: Any
+    ) -> list[float]:
+        """Measure each completion."""
+        if self.unit == "tokens" and len(completion_ids) != len(completions):
+            raise ValueError("LengthReward(unit='tokens') needs completion_ids, one list per completion")
+        tokens = self.unit == "tokens"
+        lengths = map(len, completion_ids if tokens else map(text_of, completions))
+        span = self.maximum - self.target
+        return [-min(max(length - self.target, 0), span) / span for length in lengths]
+
+
+@dataclass(frozen=True)
+class ReasoningGymScore:
+    """The score that reasoning_gym's own verifier gives, 0 to 1, partial credit included.
+
+    Reads the columns `task`, `options` and `entry` that `ReasoningGymDataModule` gives; `entry` is the
+    generated item as it was, since some scorers tell tuples from lists. A row without entry is no
+    reasoning_gym task: not applicable. Needs the extra `tasks`.
+
+    Attributes:
+        pattern: Regular expression whose first group is the answer, e.g. `<answer>(.*?)</answer>`; the last
+            match counts, the dot matches newlines, and a completion without a match scores 0. None takes
+            the whole completion. White space around the answer goes.
+    """
+
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pattern is not None and _compiled(self.pattern).groups < 1:
+            raise ValueError(f"pattern={self.pattern!r} needs a group, as in <answer>(.*?)</answer>")
+
+    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+        """Score each completion by its row's task."""
+        columns = {name: _column(self, name, columns) for name in ("task", "options", "entry")}
+        return [
+            None if entry is None else self._score(text_of(completion), task, options or {}, entry)
+            for completion, task, options, entry in zip(completions, *columns.values(), strict=True)
+        ]
+
+    def _score(self, text: str, task: str, options: dict[str, Any], entry: dict[str, Any]) -> float:
+        if self.pattern is not None:
+            found = list(_compiled(self.pattern).finditer(text))
+            if not found:
+                return 0.0
+            text = found[-1].group(1) or ""
+        # A family's scorer may depend on its options, so the default ones of `get_score_answer_fn` mis-score.
+        score = _gym_scorer(task, json.dumps(options, sort_keys=True))
+        return float(score(answer=text.strip(), entry=entry))
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}") from error
+
+
+def _column(reward: object, name: str, columns: Mapping[str, Any]) -> Sequence[Any]:
+    if name not in columns:
+        present = ", ".join(sorted(set(columns) - _NOT_DATA)) or "none"
+        raise ValueError(
+            f"{type(reward).__name__} reads the column {name!r}, which is missing; columns present: {present}"
+        )
+    column: Sequence[Any] = columns[name]
+    return column
+
+
+def _last_number(text: str) -> Decimal | None:
+    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    return Decimal(numbers[-1].replace(",", "").replace("$", "")) if numbers else None
+
+
+@functools.cache
+def _gym_scorer(task: str, options: str) -> Callable[..., float]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(
+            "ReasoningGymScore needs reasoning_gym: pip install 'lightning-quiver[tasks]'"
+        ) from error
+    scorer: Callable[..., float] = reasoning_gym.create_dataset(task, **json.loads(options)).score_answer
+    return scorer

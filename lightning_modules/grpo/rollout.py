@@ -1,0 +1,140 @@
+"""What one rollout holds, and what the loss sees of it.
+
+Shapes: B rows = prompts x G, the G completions of a prompt in neighbouring rows; K reward functions;
+T completion tokens; P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.batches import Prompt, TextBatch
+from lightning_modules.microbatches import pad_pairs
+from lightning_modules.sampling.base import Completions
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of prompts with G completions each.
+
+    Attributes:
+        batch: The rows' texts and columns, each prompt G times (B).
+        prompt_ids: Token ids of each prompt (B).
+        completions: What the sampler returned (B).
+        group_size: G.
+        extra: Columns that reward functions added with `log_extra`, for the rollout table (B each).
+    """
+
+    batch: TextBatch
+    prompt_ids: list[list[int]]
+    completions: Completions
+    group_size: int
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Completion tokens per row, int64 (B)."""
+        return torch.tensor([len(ids) for ids in self.completions.token_ids])
+
+    @property
+    def truncated(self) -> Tensor:
+        """Whether the length limit ended the completion, bool (B)."""
+        return torch.tensor([reason == "length" for reason in self.completions.finish])
+
+    def completions_for_rewards(self) -> list[Prompt]:
+        """Return completions in the form of their prompts: strings, or one assistant message each."""
+        return [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(self.batch.prompts, self.completions.texts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of one rollout.
+
+    Attributes:
+        by_function: Reward of each function, NaN where it is not applicable (B, K).
+        total: Their weighted sum, NaN where no function is applicable (B).
+        success: Whether the first function's reward reaches `Scoring.success`, bool (B).
+        names: Name of each function (K).
+    """
+
+    by_function: Tensor
+    total: Tensor
+    success: Tensor
+    names: list[str]
+
+
+def repeat_rows(batch: TextBatch, times: int) -> TextBatch:
+    """Repeat each row of a batch `times` times, copies next to each other."""
+
+    def repeated(values: list[Any]) -> list[Any]:
+        return [value for value in values for _ in range(times)]
+
+    return TextBatch(
+        prompts=repeated(batch.prompts),
+        answers=repeated(batch.answers),
+        tasks=repeated(batch.tasks),
+        uids=repeated(batch.uids),
+        columns={name: repeated(values) for name, values in batch.columns.items()},
+        choices=repeated(batch.choices),
+    )
+
+
+@dataclass
+class MicroBatch:
+    """Rows that go through the model together, and what the loss needs to know about them.
+
+    Attributes:
+        rows: Their positions in the rollout (b).
+        input_ids: Prompts padded on the left, completions on the right (b, P+T).
+        attention_mask: 1 on real tokens (b, P+T).
+        mask: 1 on completion tokens that count (b, T).
+        advantages: (b).
+        logprobs: Of the policy being trained, nats (b, T); set before each call of `loss`.
+        entropy: Of the policy at each position, nats, without gradient (b, T); set likewise.
+        old_logprobs: Of the policy that the first update started from (b, T); None before its forward.
+        ref_logprobs: Of the base policy (b, T); None when `kl_coef` is 0.
+    """
+
+    rows: list[int]
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    advantages: Tensor
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+
+def collate(
+    rollout: Rollout, advantages_B: Tensor, rows: list[int], *, pad_token_id: int, device: torch.device
+) -> MicroBatch:
+    """Pad some rows of a rollout to their own longest prompt and completion.
+
+    Args:
+        rollout: The rollout.
+        advantages_B: Advantage of each of its rows (B).
+        rows: The rows to take (b).
+        pad_token_id: Filler; masked everywhere.
+        device: Where the tensors go.
+
+    Returns:
+        Tensors of the shapes that `MicroBatch` names.
+    """
+    input_ids, attention_mask, mask = pad_pairs(
+        [rollout.prompt_ids[row] for row in rows],
+        [rollout.completions.token_ids[row] for row in rows],
+        pad_token_id=pad_token_id,
+        device=device,
+    )
+    return MicroBatch(rows, input_ids, attention_mask, mask, advantages_B[rows].float().to(device))

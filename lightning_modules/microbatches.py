@@ -1,0 +1,54 @@
+"""How rows of different lengths are grouped and padded for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group rows of similar length so that a padded group stays within a token budget.
+
+    Args:
+        lengths: Prompt plus completion tokens per row.
+        max_tokens: Upper limit of rows x longest row. A single longer row forms a group of its own.
+
+    Returns:
+        Positions in `lengths`, grouped; longest rows first, so that a memory overflow shows at once.
+
+    >>> plan_micro_batches([4, 2, 4, 2], max_tokens=8)
+    [[0, 2], [1, 3]]
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def pad_pairs(
+    prompts: Sequence[list[int]], completions: Sequence[list[int]], *, pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad prompts on the left and completions on the right, so that all completions start in one column.
+
+    Args:
+        prompts: Token ids (b rows).
+        completions: Token ids (b rows).
+        pad_token_id: Filler; masked everywhere.
+        device: Where the tensors go.
+
+    Returns:
+        Token ids (b, P+T), attention mask (b, P+T) int64, and completion mask (b, T) float32.
+    """
+    P, T = max(map(len, prompts)), max(map(len, completions))
+    input_ids = torch.full((len(prompts), P + T), pad_token_id)
+    attention_mask = torch.zeros(len(prompts), P + T, dtype=torch.long)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        span = slice(P - len(prompt), P + len(completion))
+        input_ids[i, span] = torch.tensor(prompt + completion)
+        attention_mask[i, span] = 1
+    return input_ids.to(device), attention_mask.to(device), attention_mask[:, P:].float().to(device)

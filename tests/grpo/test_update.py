@@ -1,0 +1,224 @@
+"""The update: one gradient, however rows are split, ordered, padded, dropped or spread over ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from fixed_rollouts import REWARDS, FixedGRPO, RecordGradients, first_gradients, loader
+from lightning_modules.grpo.advantages import group_advantages
+from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
+from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
+from peft import LoraConfig
+
+HERE = Path(__file__).parent
+
+
+def build(tiny_model, **options) -> FixedGRPO:
+    lightning.seed_everything(3, verbose=False)
+    options.setdefault("adapter", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    return FixedGRPO(
+        rewards=[max], model=tiny_model, optimizer=lambda p: RecordGradients(p, lr=0.1), **options
+    )
+
+
+def gradients(tiny_model, uids=range(8), **options) -> list[torch.Tensor]:
+    trainer = lightning.Trainer(barebones=True, accelerator="cpu", max_epochs=1)
+    return first_gradients(build(tiny_model, **options), trainer, loader(uids))
+
+
+def assert_equal(ours, theirs, tolerance=1e-6):
+    assert max(g.abs().max() for g in theirs) > 1e-3  # there is something to compare
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def slow_gradients(tiny_model, uids, *, over, kl_coef, dead_groups, scale="population"):
+    """The obvious twin: each row alone and unpadded, dead ones too, plain sums over the whole step."""
+    module = build(tiny_model, kl_coef=kl_coef)
+    lightning.Trainer(barebones=True, accelerator="cpu")
+    module.configure_model()
+    batch = next(iter(loader(uids)))
+    rollout = module.rollout(batch, 2, module.sampling)
+    advantages_B = group_advantages(module.score(rollout).total, 2, scale=scale)
+    counted = [i for i in range(len(rollout)) if dead_groups == "keep" or advantages_B[i] != 0]
+    lengths = [len(rollout.completions.token_ids[i]) for i in counted]
+    denominator = {
+        "tokens": sum(lengths),
+        "sequences": len(counted),
+        "constant": len(counted) * module.sampling.max_new_tokens,
+    }[over]
+    for i in counted:
+        prompt, completion = rollout.prompt_ids[i], rollout.completions.token_ids[i]
+        ids = torch.tensor([prompt + completion])
+
+        def logprobs(ids=ids, prompt=prompt):
+            logits = module.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+            return logits.log_softmax(-1)[torch.arange(len(logits)), ids[0, len(prompt) :]]
+
+        ours = logprobs()
+        loss = -advantages_B[i] * (ours - ours.detach()).exp()
+        if kl_coef:
+            with torch.no_grad(), module.model.disable_adapter():
+                ref = logprobs()
+            loss = loss + kl_coef * ((ref - ours).exp() - (ref - ours) - 1)
+        total = loss.mean() if over == "sequences" else loss.sum()
+        (total / denominator).backward()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    norm = torch.cat([p.grad.flatten() for p in trained]).norm()
+    return [p.grad * min(1.0, 1.0 / (norm + 1e-6)) for p in trained]
+
+
+@pytest.mark.parametrize("over", ["tokens", "sequences", "constant"])
+@pytest.mark.parametrize("dead_groups", ["keep", "renormalize"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_equals_the_slow_twin_that_computes_every_row(tiny_model, over, dead_groups, kl_coef):
+    """Dropping dead groups equals computing them."""
+    options = {"over": over, "dead_groups": dead_groups, "kl_coef": kl_coef}
+    assert_equal(gradients(tiny_model, **options), slow_gradients(tiny_model, range(8), **options))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 70, 10_000])
+def test_micro_batches_do_not_change_the_gradient(tiny_model, max_tokens):
+    one = gradients(tiny_model, max_tokens_per_microbatch=4096, kl_coef=0.1)
+    assert_equal(gradients(tiny_model, max_tokens_per_microbatch=max_tokens, kl_coef=0.1), one)
+
+
+def test_the_token_budget_really_splits_1x8_2x4_8x1(tiny_model, monkeypatch):
+    """8 live rows: as one micro-batch of 8, two of 4, and eight of 1."""
+    from lightning_modules.grpo import module as grpo_module
+
+    sizes = []
+    plan = grpo_module.plan_micro_batches
+
+    def recorded(lengths, max_tokens):
+        groups = plan(lengths, max_tokens)
+        sizes.append([len(group) for group in groups])
+        return groups
+
+    monkeypatch.setattr(grpo_module, "plan_micro_batches", recorded)
+    uids = [2, 3, 6, 7]
+    results = []
+    for budget in (10_000, 200, 1):
+        results.append(gradients(tiny_model, uids, max_tokens_per_microbatch=budget))
+    assert sizes == [[8], [4, 4], [1] * 8]
+    for other in results[1:]:
+        assert_equal(other, results[0])
+
+
+def test_row_order_does_not_change_the_gradient(tiny_model):
+    assert_equal(gradients(tiny_model, [5, 2, 7, 0, 3, 6, 1, 4]), gradients(tiny_model))
+
+
+def test_padding_does_not_change_the_gradient(tiny_model, monkeypatch):
+    plain = gradients(tiny_model)
+    from lightning_modules.grpo import rollout as rollout_module
+
+    pad = rollout_module.pad_pairs
+
+    def wider(prompts, completions, *, pad_token_id, device):
+        """Seven more columns of padding on each side, filled with another token."""
+        ids, attention, mask = pad(prompts, completions, pad_token_id=17, device=device)
+        ids = torch.nn.functional.pad(ids, (7, 7), value=23)
+        return ids, torch.nn.functional.pad(attention, (7, 7)), torch.nn.functional.pad(mask, (0, 7))
+
+    monkeypatch.setattr(rollout_module, "pad_pairs", wider)
+    assert_equal(gradients(tiny_model), plain)
+
+
+def test_gradient_checkpointing_and_full_fine_tuning(tiny_model):
+    plain = gradients(tiny_model, adapter=None)
+    assert_equal(gradients(tiny_model, adapter=None, gradient_checkpointing=True), plain)
+
+
+def test_two_ranks_with_unequal_live_groups_equal_one(tiny_model, tmp_path):
+    """Rank 0 gets groups 0-3 (two live), rank 1 groups 4-7 (two live), and in the second case none and all."""
+    for name, uids in {"mixed": range(8), "one dead rank": [0, 1, 4, 5, 2, 3, 6, 7]}.items():
+        out = tmp_path / f"{name}.pt"
+        command = [sys.executable, str(HERE / "ddp_worker.py"), tiny_model, str(out), *map(str, uids)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        for rank in range(2):
+            saved = torch.load(f"{out}.{rank}", weights_only=True)
+            assert_equal(saved["gradients"], gradients(tiny_model, uids, kl_coef=saved["kl_coef"]))
+            # Metrics are means over both ranks, weighted by rows and tokens.
+            rewards = torch.tensor([r for uid in uids for r in REWARDS[uid]], dtype=torch.float32)
+            assert saved["metrics"]["train/reward"] == pytest.approx(rewards.mean().item())
+            assert saved["metrics"]["train/dead_groups"] == 0.5
+            assert saved["metrics"]["train/dead_easy"] == 0.25
+
+
+def test_a_step_without_live_groups_leaves_weights_and_optimiser_alone(tiny_model):
+    module = build(tiny_model)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    lightning.seed_everything(3, verbose=False)
+    module.configure_model()
+    before = {name: tensor.clone() for name, tensor in module.adapter.state_dict().items()}
+    trainer.fit(module, loader([0, 1, 4, 5]))
+    assert trainer.global_step == 0
+    assert module.skipped_steps == 1
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    assert trainer.callback_metrics["train/dead_easy"] == 0.5
+    assert trainer.callback_metrics["train/grad_norm"].isnan()
+    for name, tensor in module.adapter.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_several_updates_per_rollout_follow_the_clipped_objective(tiny_model):
+    """Three updates equal three hand-made SGD steps on the clipped surrogate with fixed old log-probs."""
+    options = {"kl_coef": 0.05, "clip": (0.1, 0.15), "gradient_clip_val": None}
+    module = build(tiny_model, updates_per_rollout=3, **options)
+    trainer = lightning.Trainer(barebones=True, accelerator="cpu", max_epochs=1)
+    trainer.fit(module, loader(range(8)))
+    assert trainer.global_step == 3
+
+    twin = build(tiny_model, **options)
+    twin.configure_model()
+    rollout = twin.rollout(next(iter(loader(range(8)))), 2, twin.sampling)
+    advantages_B = group_advantages(twin.score(rollout).total, 2, scale="population")
+    rows = twin._collate(rollout, advantages_B, list(range(16)))
+    trained = [p for p in twin.parameters() if p.requires_grad]
+
+    def logprobs():
+        T = rows.mask.shape[1]
+        return token_logprobs(
+            completion_logits(twin, rows.input_ids, rows.attention_mask, T, 1.0), rows.input_ids[:, -T:]
+        )
+
+    old = logprobs().detach()
+    with torch.no_grad(), twin.adapter.disabled():
+        ref = logprobs()
+    for _ in range(3):
+        now = logprobs()
+        loss = clipped_surrogate(now, old, rows.advantages, rows.mask, clip=(0.1, 0.15))
+        loss = aggregate(
+            loss + 0.05 * kl_estimate(now, ref, "k3"), rows.mask, over="tokens", denominator=rows.mask.sum()
+        )
+        for p, g in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            p.data -= 0.1 * g
+    for ours, theirs in zip((p for p in module.parameters() if p.requires_grad), trained, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_logprobs_equal_the_full_softmax():
+    logits = torch.randn(3, 5, 11) * 4
+    ids = torch.randint(0, 11, (3, 5))
+    full = logits.log_softmax(-1)
+    torch.testing.assert_close(token_logprobs(logits, ids), full.gather(-1, ids[..., None])[..., 0])
+    torch.testing.assert_close(token_entropy(logits), -(full.exp() * full).sum(-1))
+
+
+def test_bfloat16_logits_are_reduced_in_float32():
+    logits = torch.randn(2, 3, 500).bfloat16()
+    ids = torch.randint(0, 500, (2, 3))
+    torch.testing.assert_close(token_logprobs(logits, ids), token_logprobs(logits.float(), ids))

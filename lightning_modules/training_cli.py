@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ PUBLIC_CLASSES = [
     for package in (lightning_modules, datamodules, callbacks)
     for name in package.__all__
 ]
+
+
+# What these warn of is intended here, or is not ours to change.
+for message in (
+    "Using ModelCheckpoint with manual optimization",  # the state after the update is the one to resume from
+    "`loftq_config` specified but will be ignored",  # jsonargparse spells out every default of LoraConfig
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning calls it
+    "`is_gradient_checkpointing` is deprecated",  # transformers calls it
+):
+    warnings.filterwarnings("ignore", message=message)
 
 
 class NamedConfigFile(ActionConfigFile):  # type: ignore[misc]

@@ -102,7 +102,7 @@ class GenerateSampler(Sampler):
                 do_sample=sampling.temperature > 0,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=1.0,
-                top_k=0,
+                top_k=None,
                 top_p=1.0,
                 eos_token_id=ends,
                 pad_token_id=pad,

@@ -11,10 +11,11 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from fixed_rollouts import REWARDS, FixedGRPO, RecordGradients, first_gradients, loader
+from peft import LoraConfig
+
 from lightning_modules.grpo.advantages import group_advantages
 from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
-from peft import LoraConfig
 
 HERE = Path(__file__).parent
 
@@ -137,7 +138,7 @@ def test_gradient_checkpointing_and_full_fine_tuning(tiny_model):
 
 
 def test_two_ranks_with_unequal_live_groups_equal_one(tiny_model, tmp_path):
-    """Rank 0 gets groups 0-3 (two live), rank 1 groups 4-7 (two live), and in the second case none and all."""
+    """Two live groups on each rank, and in the second case none and four."""
     for name, uids in {"mixed": range(8), "one dead rank": [0, 1, 4, 5, 2, 3, 6, 7]}.items():
         out = tmp_path / f"{name}.pt"
         command = [sys.executable, str(HERE / "ddp_worker.py"), tiny_model, str(out), *map(str, uids)]

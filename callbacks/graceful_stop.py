@@ -57,9 +57,13 @@ class GracefulStop(lightning.Callback):
         )
         if not asked or self.stopped:
             return
+        # A stop makes Lightning validate. Where that is not due now it would only delay the stop; where it
+        # is due it must run, because a resumed run counts it as done.
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            trainer.limit_val_batches = 0
         self.stopped = True
         trainer.should_stop = True
-        trainer.limit_val_batches = 0  # a validation would delay the stop
         # Here and not at the end of training, where Lightning's loops count the epoch as finished.
         folder = self._checkpoint_folder(trainer)
         trainer.save_checkpoint(folder / self.filename)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as lightning
-import torch.distributed as dist
 
+from lightning_modules.distributed import gathered
 from lightning_modules.grpo.evaluation import mean_interval, paired_gain
 
 
@@ -81,11 +81,7 @@ class HeldOutGain(lightning.Callback):
 
 def _merged(mine: dict[int, float]) -> dict[int, float]:
     """Join the dictionaries of all ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return mine
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {uid: value for part in parts for uid, value in part.items()}
+    return {uid: value for part in gathered(mine) for uid, value in part.items()}
 
 
 def _text(interval: tuple[float, float, float]) -> str:

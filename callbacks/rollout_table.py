@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules.distributed import gathered
 from lightning_modules.files import complete_file, set_aside
 
 _COLUMNS = ["step", "uid", "task", "prompt", "completion", "finish", "tokens", "reward", "advantage"]
@@ -62,7 +62,7 @@ class RolloutTable(lightning.Callback):
     ) -> None:
         """Write some rollouts of this step."""
         step = trainer.fit_loop.total_batch_idx + 1
-        rows = _gathered(self._rows(step, outputs))
+        rows = [row for part in gathered(self._rows(step, outputs)) for row in part]
         if not trainer.is_global_zero:
             return
         assert self._target is not None
@@ -115,12 +115,3 @@ def _step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
         return 2**62
-
-
-def _gathered(mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join the rows of all ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return mine
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return [row for part in parts for row in part]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from datamodules.batches import Prompt
 from lightning_modules.adapters import Adapter, as_adapter
-from lightning_modules.distributed import gradient_exchange, rng_states, set_rng_states
+from lightning_modules.distributed import gathered, gradient_exchange, rng_state, set_rng_state
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.sources import check_model, resolve_model
 
@@ -237,16 +237,30 @@ class CausalLMModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Restore the random states of a resumed run, after everything that draws at start-up."""
-        if self._pending_rng is not None:
-            set_rng_states(self._pending_rng, self.global_rank)
-            self._pending_rng = None
+        # A rank that the earlier run did not have keeps its seeded state.
+        if self._pending_rng is not None and self.global_rank < len(self._pending_rng):
+            set_rng_state(self._pending_rng[self.global_rank])
+        self._pending_rng = None
+
+    def on_validation_start(self) -> None:
+        """Give validation random numbers of its own.
+
+        So it neither changes the course of training, however often it runs, nor differs between runs for
+        another reason than the policy.
+        """
+        self._training_rng = rng_state()
+        torch.manual_seed(self.global_rank)
+
+    def on_validation_end(self) -> None:
+        """Give training its random numbers back."""
+        set_rng_state(self._training_rng)
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was learned, and add what an exact resume needs."""
         checkpoint["state_dict"] = self.adapter.state_dict()
-        checkpoint["rng_states"] = rng_states()
+        checkpoint["rng_states"] = gathered(rng_state())
         checkpoint["counters"] = dict(self.counters())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

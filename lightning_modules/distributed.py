@@ -13,12 +13,8 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
 
-def rng_states() -> list[dict[str, Any]]:
-    """Collect the state of every random generator of every rank, as data that a safe load accepts.
-
-    Returns:
-        One entry per rank. On several ranks this is a collective: all of them must call it.
-    """
+def rng_state() -> dict[str, Any]:
+    """Return the state of every random generator of this process, as data that a safe load accepts."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -27,23 +23,11 @@ def rng_states() -> list[dict[str, Any]]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    if not (dist.is_available() and dist.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states
+    return state
 
 
-def set_rng_states(states: list[dict[str, Any]], rank: int) -> None:
-    """Restore what `rng_states` collected.
-
-    Args:
-        states: One entry per rank of the run that wrote them.
-        rank: This process. A rank that the earlier run did not have keeps its seeded state.
-    """
-    if rank >= len(states):
-        return
-    state = states[rank]
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned."""
     version, internal, gauss = state["python"]
     name, keys, position, has_gauss, cached = state["numpy"]
     torch.set_rng_state(state["torch"].cpu())
@@ -51,6 +35,22 @@ def set_rng_states(states: list[dict[str, Any]], rank: int) -> None:
     np.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def gathered(mine: Any) -> list[Any]:
+    """Collect an object from every rank.
+
+    Args:
+        mine: This rank's; must be picklable.
+
+    Returns:
+        One entry per rank. On several ranks this is a collective: all of them must call it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
 
 
 def all_sum(strategy: Strategy, values: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ class QuiverCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do not let hyper-parameters in a checkpoint override the YAML, as LightningCLI does by default."""
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Unpickle nothing from a checkpoint unless `--weights_only false` asks for it; Lightning would."""
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return {**arguments, "weights_only": arguments.get("weights_only") is not False}
+
     def _check_inputs(self, stage: str) -> None:
         """Meet problems of data and model before any logger or folder is made."""
         if isinstance(self.datamodule, datamodules.TextDataModule):

@@ -1,0 +1,133 @@
+"""Checkpoints rebuild their module, from the command line's settings and from plain Python's."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from test_resume import config, spread
+from transformers import AutoModelForCausalLM
+
+from datamodules import ArithmeticDataModule
+from lightning_modules import CausalLMModule, GRPOModule, SFTModule
+from lightning_modules.cli import main
+from lightning_modules.hparams import NotPlainError, plain
+from lightning_modules.sampling import GenerateSampler, Sampling
+
+
+def logits(module) -> torch.Tensor:
+    with torch.no_grad():
+        return module(torch.arange(5, 25)[None]).logits
+
+
+def fit(module, folder, steps=2) -> str:
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, ArithmeticDataModule(batch_size=8, train_size=32, val_size=0))
+    path = str(folder / "made.ckpt")
+    trainer.save_checkpoint(path)
+    module.eval()
+    return path
+
+
+def python_module(model, **options) -> GRPOModule:
+    lightning.seed_everything(1, verbose=False)
+    return GRPOModule(
+        rewards=[spread],
+        model=model,
+        sampling=Sampling(max_new_tokens=8, temperature=1.3),
+        sampler=GenerateSampler(max_rows=5),
+        optimizer=partial(torch.optim.SGD, lr=0.05),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(r=4, target_modules="all-linear", lora_alpha=9), None])
+def test_a_module_made_in_python_is_rebuilt(tiny_model, tmp_path, adapter):
+    module = python_module(tiny_model, adapter=adapter, num_generations=4, clip=(0.1, 0.3))
+    path = fit(module, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        assert not torch.equal(logits(module), base(torch.arange(5, 25)[None]).logits)  # it has learned
+    rebuilt = GRPOModule.load_from_checkpoint(path).eval()
+    assert torch.equal(logits(rebuilt), logits(module))
+    assert rebuilt.num_generations == 4
+    assert tuple(rebuilt.clip) == (0.1, 0.3)
+    assert rebuilt.sampling == Sampling(max_new_tokens=8, temperature=1.3)
+    assert isinstance(rebuilt.sampler, GenerateSampler)
+    assert rebuilt.sampler.max_rows == 5
+    assert rebuilt.reward_functions == [spread]
+    assert rebuilt.configure_optimizers().defaults["lr"] == 0.05
+    assert rebuilt.skipped_steps == module.skipped_steps
+    assert rebuilt.num_tokens == module.num_tokens > 0
+
+
+def test_a_lambda_is_left_out_and_can_be_given_again(tiny_model, tmp_path):
+    module = SFTModule(model=tiny_model, optimizer=lambda p: torch.optim.SGD(p, lr=0.3))
+    path = fit(module, tmp_path)
+    assert SFTModule.load_from_checkpoint(path).configure_optimizers().defaults["lr"] == 1e-6
+    again = SFTModule.load_from_checkpoint(
+        path, optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 2}}
+    )
+    assert again.configure_optimizers().defaults["lr"] == 2
+    assert torch.equal(logits(again.eval()), logits(module))
+
+
+def test_a_checkpoint_of_the_command_line_is_rebuilt_and_its_export_agrees(tiny_model, tmp_path):
+    run = config(tmp_path, tiny_model, "GRPOModule", max_steps=3, callbacks=[{"class_path": "AdapterExport"}])
+    assert main(["fit", "-c", run]) == 0
+    rebuilt = GRPOModule.load_from_checkpoint(str(tmp_path / "checkpoints" / "last.ckpt")).eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    exported = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(exported(torch.arange(5, 25)[None]).logits, logits(rebuilt))
+        with exported.disable_adapter():
+            assert not torch.equal(exported(torch.arange(5, 25)[None]).logits, logits(rebuilt))
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
+    path = fit(python_module(tiny_model, adapter=LoraConfig(r=4, target_modules="all-linear")), tmp_path)
+    other = python_module(tiny_model, adapter=LoraConfig(r=8, target_modules="all-linear"))
+    trainer = lightning.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(
+        ValueError, match=r"The checkpoint does not fit: .* has shape \(4, 32\), the model needs"
+    ):
+        trainer.fit(other, ArithmeticDataModule(val_size=0), ckpt_path=path, weights_only=True)
+    full = python_module(tiny_model)
+    with pytest.raises(
+        ValueError, match="The checkpoint does not fit model and adapter: .* tensors are missing"
+    ):
+        trainer.fit(full, ArithmeticDataModule(val_size=0), ckpt_path=path, weights_only=True)
+
+
+def test_the_disabled_adapter_is_the_base_model(tiny_model):
+    lightning.seed_everything(1, verbose=False)
+    module = CausalLMModule(tiny_model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    module.configure_model()
+    module.eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        expected = base(torch.arange(5, 25)[None]).logits
+    assert not torch.equal(logits(module), expected)
+    with module.adapter.disabled():
+        assert torch.equal(logits(module), expected)
+
+
+def test_plain_refuses_what_cannot_be_imported():
+    with pytest.raises(NotPlainError):
+        plain(lambda: None)
+    assert plain({"a": (1, 2.5, None), "b": torch.optim.SGD}) == {
+        "a": [1, 2.5, None],
+        "b": "torch.optim.sgd.SGD",
+    }

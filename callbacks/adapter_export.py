@@ -25,28 +25,48 @@ class AdapterExport(lightning.Callback):
         self.folder = folder
         self.artifact = artifact
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Check the module before it is trained.
+
+        Raises:
+            ValueError: If it has no adapter to export.
+        """
+        if not isinstance(pl_module, CausalLMModule):
+            raise ValueError(f"AdapterExport exports a CausalLMModule, not {type(pl_module).__name__}.")
+
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Export."""
         root = Path(trainer.log_dir or trainer.default_root_dir)
         if not trainer.is_global_zero:
             return
-        if not isinstance(pl_module, CausalLMModule):
-            raise ValueError(f"AdapterExport exports a CausalLMModule, not {type(pl_module).__name__}.")
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._export(trainer, pl_module, root / self.folder, metrics)
+        assert isinstance(pl_module, CausalLMModule)  # see `setup`
+        logged = trainer.callback_metrics
+        # Without timings, and without what is logged a second time for the progress bar.
+        metrics = {
+            name: float(value)
+            for name, value in logged.items()
+            if "/time/" not in name and f"train/{name}" not in logged
+        }
+        self._export(trainer, pl_module, root / self.folder, trainer.global_step, metrics)
         best = _best_checkpoint(trainer)
         if best is not None:
             checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
             last = {name: tensor.clone() for name, tensor in pl_module.adapter.state_dict().items()}
             pl_module.adapter.load_state_dict(checkpoint["state_dict"])
             scores = {str(best.monitor): float(best.best_model_score)}  # type: ignore[arg-type]
-            self._export(trainer, pl_module, root / f"{self.folder}-best", scores)
+            steps = checkpoint["global_step"]
+            self._export(trainer, pl_module, root / f"{self.folder}-best", steps, scores)
             pl_module.adapter.load_state_dict(last)
 
     def _export(
-        self, trainer: lightning.Trainer, module: CausalLMModule, folder: Path, metrics: dict[str, float]
+        self,
+        trainer: lightning.Trainer,
+        module: CausalLMModule,
+        folder: Path,
+        steps: int,
+        metrics: dict[str, float],
     ) -> None:
-        save_adapter(module, folder, steps=trainer.global_step, metrics=metrics)
+        save_adapter(module, folder, steps=steps, metrics=metrics)
         for logger in trainer.loggers:
             if self.artifact and isinstance(logger, WandbLogger):
                 import wandb
@@ -59,6 +79,8 @@ class AdapterExport(lightning.Callback):
 def _best_checkpoint(trainer: lightning.Trainer) -> ModelCheckpoint | None:
     """Return the checkpoint callback that monitors a metric and has saved something."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+        if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
+            continue
+        if callback.best_model_path and Path(callback.best_model_path).is_file():
             return callback
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -22,13 +23,14 @@ class HeldOutGain(lightning.Callback):
         self._before: dict[int, float] = {}
         self._after: dict[int, float] = {}
 
-    def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Check that the whole validation set is measured.
 
         Raises:
-            ValueError: If the sanity check covers a part only.
+            ValueError: If the sanity check covers a part only, or none.
         """
-        if trainer.num_sanity_val_steps != float("inf"):
+        shortened = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if stage == "fit" and not shortened and trainer.num_sanity_val_steps != float("inf"):
             raise ValueError(
                 f"HeldOutGain measures accuracy before training in the sanity check, which covers only "
                 f"{trainer.num_sanity_val_steps} batches. Set trainer.num_sanity_val_steps: -1."
@@ -47,7 +49,16 @@ class HeldOutGain(lightning.Callback):
         outputs: Any,
         *args: Any,
     ) -> None:
-        """Collect the success of each prompt."""
+        """Collect the success of each prompt.
+
+        Raises:
+            ValueError: If the module does not return it.
+        """
+        if not isinstance(outputs, Mapping) or not {"rollout", "success"} <= outputs.keys():
+            raise ValueError(
+                f"HeldOutGain needs `rollout` and `success` from validation_step; {type(pl_module).__name__} "
+                "does not return them. Use it with GRPOModule, or leave it out."
+            )
         uids = outputs["rollout"].batch.uids[:: outputs["rollout"].group_size]
         success = dict(zip(uids, outputs["success"].float().mean(1).tolist(), strict=True))
         if not trainer.sanity_checking:

@@ -86,6 +86,7 @@ class LearningCurve(lightning.Callback):
             axis.grid(alpha=0.3)
         for axis in axes[1]:
             axis.set_xlabel("step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0, 0].legend()
         with complete_file(self._target) as file:
             figure.savefig(file, dpi=120)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,11 @@ class RolloutTable(lightning.Callback):
         if done == 0:
             set_aside(self._target)
         elif self._target.exists():
-            lines = self._target.read_text(encoding="utf-8").splitlines(keepends=True)
+            # As bytes: a killed process may have cut a character in two, and JSON does not escape all those
+            # that end a line for `str.splitlines`.
+            lines = self._target.read_bytes().splitlines(keepends=True)
             with complete_file(self._target) as file:
-                file.write_text("".join(line for line in lines if _step(line) <= done), encoding="utf-8")
+                file.write_bytes(b"".join(line for line in lines if _step(line) <= done))
 
     def on_train_batch_end(
         self,
@@ -93,7 +97,7 @@ class RolloutTable(lightning.Callback):
                 **{
                     f"reward/{name}": _number(scores.by_function[i, k]) for k, name in enumerate(scores.names)
                 },
-                **{name: values[i] for name, values in rollout.extra.items()},
+                **{name: _plain(values[i]) for name, values in rollout.extra.items()},
             }
             for i in range(min(len(rollout), self.groups_per_step * rollout.group_size))
         ]
@@ -105,11 +109,24 @@ def _number(value: Any) -> float | None:
     return None if number != number else round(number, 6)
 
 
+def _plain(value: Any) -> Any:
+    """What a reward function logged, as JSON: numbers of numpy and torch too, anything unknown as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if callable(getattr(value, "tolist", None)):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
 def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
-def _step(line: str) -> int:
+def _step(line: bytes) -> int:
     """The step of a line; a line that a killed process left half written counts as later than all."""
     try:
         return int(json.loads(line)["step"])

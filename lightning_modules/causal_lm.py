@@ -20,6 +20,7 @@ from lightning_modules.sources import check_model, resolve_model
 
 # Its one message here, that GGUF or adapter loading took place, repeats for every layer.
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)  # norms "not sharded"
 
 
 class CausalLMModule(lightning.LightningModule):

@@ -6,10 +6,14 @@ import importlib
 import importlib.util
 import os
 import sys
-import traceback
+from difflib import get_close_matches
 from pathlib import Path
 
+from lightning_modules.errors import report
+
 PACKAGES = ("lightning_modules", "datamodules", "callbacks")
+
+RUN_COMMANDS = ("fit", "validate", "test", "predict")
 
 # Commands that train nothing, as "module:function"; jsonargparse makes their options from the signature.
 LIGHT_COMMANDS = {
@@ -34,7 +38,7 @@ Commands that train nothing:
 quiver fit -c FILE --print_config   shows every setting with its value
 quiver fit --help                   lists the options of a command
 quiver fit -c FILE --trainer.max_steps 10 --model.num_generations 4   overrides settings
-QUIVER_FIT__TRAINER__MAX_STEPS=10   the same from the environment
+QUIVER_FIT__TRAINER__MAX_STEPS=10   sets what no file and no option sets; QUIVER_FIT__CONFIG names a file
 QUIVER_TRACEBACK=1                  shows the traceback of an error
 """
 
@@ -46,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program name; None takes those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error whose message was printed. Wrong options exit with 2, Ctrl-C
-        with 130.
+        The exit code: 0; 1 after an error, whose message was printed; 2 for an unknown command; 130 after
+        Ctrl-C. Wrong options raise `SystemExit(2)`.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -59,8 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_packages()
         return _dispatch(arguments)
-    except (ValueError, ImportError, OSError) as error:
-        return _report(error)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes it an exit with 1
+            return 130
+        raise
+    except Exception as error:
+        report(error)
+        return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -76,6 +87,12 @@ def _dispatch(arguments: list[str]) -> int:
             prog=f"quiver {name}",
         )
         return 0
+    if name not in RUN_COMMANDS and not name.startswith("-"):
+        known = [*RUN_COMMANDS, *LIGHT_COMMANDS]
+        close = get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
+        print(f"quiver: error: unknown command {name!r}. {hint}", file=sys.stderr)
+        return 2
     return int(importlib.import_module("lightning_modules.training_cli").run(arguments))
 
 
@@ -94,19 +111,6 @@ def check_packages() -> None:
                 f"The package {name!r} is {found or 'missing'}, not quiver's own in {home}. Uninstall or "
                 "rename the foreign package, or take its folder off PYTHONPATH."
             )
-
-
-def _report(error: Exception) -> int:
-    """Print an error: the message alone where we raised it for the user, else the traceback too."""
-    home = Path(__file__).resolve().parent.parent
-    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    ours = bool(frames) and any(Path(frames[-1]).resolve().is_relative_to(home / name) for name in PACKAGES)
-    if os.environ.get("QUIVER_TRACEBACK") or not ours:
-        traceback.print_exception(error)
-    elif error.__cause__ is not None:  # somebody's own code: show where it failed
-        traceback.print_exception(error.__cause__)
-    print(f"quiver: error: {error}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

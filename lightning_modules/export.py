@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_modules.files import complete_folder, set_aside
-from lightning_modules.sources import resolve_model
+from lightning_modules.sources import check_model, resolve_model
 
 if TYPE_CHECKING:
     from lightning_modules.causal_lm import CausalLMModule
 
 _CARD = """---
-base_model: {base}
-library_name: {library}
+{base_model}library_name: {library}
+pipeline_tag: text-generation
 tags: [quiver, {method}]
 ---
 # {title}
 
-{what} of `{source}`, trained with `{module}` of Quiver for {steps} optimiser steps.
+{what} of `{source}`, trained with `{module}` of Quiver. Optimiser steps: {steps}.
 
 ```python
 {loading}
 ```
 
-| metric at the end of training | value |
+| metric at this step | value |
 |---|---|
 {metrics}
 
@@ -36,7 +38,15 @@ Versions: {versions}.
 _LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
+
+_LOAD_CONVERTED_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lightning_modules.sources import resolve_model  # pip install 'lightning-quiver[gguf]'
+
+base = AutoModelForCausalLM.from_pretrained(resolve_model({base}))
 model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
 
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM
@@ -61,12 +71,15 @@ def save_adapter(module: CausalLMModule, folder: Path, *, steps: int, metrics: M
 
 
 def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, float], folder: Path) -> str:
-    assert module.model is not None
     is_adapter = (folder / "adapter_config.json").exists()
-    base = str(module.model.config._name_or_path)  # type: ignore[union-attr]
-    loading = (_LOAD_ADAPTER if is_adapter else _LOAD_MODEL).format(base=base)
+    known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    place = check_model(module.source)
+    is_hub_id = not Path(place).exists()
+    template = _LOAD_CONVERTED_ADAPTER if place.endswith(".gguf") else _LOAD_ADAPTER
+    loading = (template if is_adapter else _LOAD_MODEL).format(base=json.dumps(module.source))
     return _CARD.format(
-        base=base,
+        # The hub takes no path here, and a path of this machine would tell nobody anything.
+        base_model=f"base_model: {module.source}\n" if is_hub_id else "",
         library="peft" if is_adapter else "transformers",
         method=type(module).__name__.removesuffix("Module").lower(),
         title=title,
@@ -75,7 +88,7 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
         module=type(module).__name__,
         steps=steps,
         loading=loading,
-        metrics="\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items()))
+        metrics="\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(known.items()))
         or "| - | - |",
         versions=", ".join(
             f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "lightning")
@@ -84,7 +97,7 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
 
 
 def merge_adapter(adapter: str, output: str, base: str | None = None) -> None:
-    """Merge a PEFT adapter folder into its base model and write a plain Hugging Face folder.
+    """Merge a PEFT adapter folder into its base model and write a plain Hugging Face folder, in float32.
 
     Args:
         adapter: An adapter folder.
@@ -92,7 +105,7 @@ def merge_adapter(adapter: str, output: str, base: str | None = None) -> None:
         base: The base model, as in `model:` of a configuration; by default what the adapter names.
 
     Raises:
-        ValueError: If `adapter` is no adapter folder or `output` exists.
+        ValueError: If `adapter` is no adapter folder, `output` exists, or the base model is unknown.
     """
     import torch
     from peft import PeftConfig, PeftModel
@@ -103,9 +116,13 @@ def merge_adapter(adapter: str, output: str, base: str | None = None) -> None:
         raise ValueError(f"adapter={adapter!r} is no adapter folder: it has no adapter_config.json.")
     if target.exists():
         raise ValueError(f"output={output!r} exists already. Give a new folder, or remove that one.")
-    place = resolve_model(base or PeftConfig.from_pretrained(source).base_model_name_or_path)
+    base = base or PeftConfig.from_pretrained(source).base_model_name_or_path
+    if not base:
+        raise ValueError(f"adapter={adapter!r} does not name its base model. Give it with --base.")
+    place = resolve_model(base)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, source).merge_and_unload()
     with complete_folder(target) as folder:
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+    print(f"Wrote the merged model, in float32, to {target}")  # noqa: T201

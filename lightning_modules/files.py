@@ -83,7 +83,9 @@ def set_aside(path: Path) -> Path | None:
     if not path.exists():
         return None
     number = 1
-    while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    suffix = "" if path.is_dir() else path.suffix  # a folder's name may hold a dot: adapter-v1.5
+    stem = path.name.removesuffix(suffix)
+    while (earlier := path.with_name(f"{stem}.{number}{suffix}")).exists():
         number += 1
     path.rename(earlier)
     return earlier

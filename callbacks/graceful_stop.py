@@ -59,8 +59,9 @@ class GracefulStop(lightning.Callback):
             return
         # A stop makes Lightning validate. Where that is not due now it would only delay the stop; where it
         # is due it must run, because a resumed run counts it as done.
-        epoch_loop = trainer.fit_loop.epoch_loop
-        if not epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        fit_loop = trainer.fit_loop
+        assert fit_loop._data_fetcher is not None
+        if not fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
             trainer.limit_val_batches = 0
         self.stopped = True
         trainer.should_stop = True

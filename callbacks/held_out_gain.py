@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 
 from lightning_modules.distributed import gathered
+from lightning_modules.files import complete_file, set_aside
 from lightning_modules.grpo.evaluation import mean_interval, paired_gain
 
 
 class HeldOutGain(lightning.Callback):
     """Prints held-out accuracy before and after training, and the paired gain, with 95% intervals.
 
+    The same numbers go to a JSON file in the run's folder.
+
     "Before" is Lightning's sanity check, so it needs `num_sanity_val_steps: -1`; "after" is the last
     validation. Works with modules whose `validation_step` returns `success` per prompt and completion and
     the `rollout`, such as GRPOModule.
+
+    Args:
+        filename: Name of the JSON file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, filename: str = "held_out_gain.json") -> None:
+        self.filename = filename
         self._before: dict[int, float] = {}
         self._after: dict[int, float] = {}
 
@@ -67,19 +76,29 @@ class HeldOutGain(lightning.Callback):
             self._before |= success
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Print the result."""
+        """Print the result and write it down."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
         before, after = _merged(self._before), _merged(self._after)
         uids = sorted(before.keys() & after.keys())
         if not uids or not trainer.is_global_zero:
             return
         first = [before[uid] for uid in uids]
         last = [after[uid] for uid in uids]
+        result = {
+            "before": mean_interval(first),
+            "after": mean_interval(last),
+            "gain": paired_gain(first, last),
+        }
         pl_module.print(
             f"Held-out accuracy over {len(uids)} prompts, 95% intervals\n"
-            f"  before training  {_text(mean_interval(first))}\n"
-            f"  after training   {_text(mean_interval(last))}\n"
-            f"  gain             {_text(paired_gain(first, last))}"
+            f"  before training  {_text(result['before'])}\n"
+            f"  after training   {_text(result['after'])}\n"
+            f"  gain             {_text(result['gain'])}"
         )
+        target = folder / self.filename
+        set_aside(target)
+        with complete_file(target) as file:
+            file.write_text(json.dumps({"prompts": len(uids), **result}) + "\n", encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the accuracy from before training for a resumed run."""

@@ -9,13 +9,15 @@ from typing import Any, Literal
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from datamodules.batches import Prompt
+from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.distributed import gathered, gradient_exchange, rng_state, set_rng_state
 from lightning_modules.hparams import plain_hparams
+from lightning_modules.optimizers import override_restored, settings
 from lightning_modules.sources import check_model, resolve_model
 
 # Its one message here, that GGUF or adapter loading took place, repeats for every layer.
@@ -74,6 +76,7 @@ class CausalLMModule(lightning.LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self._model_kwargs = model_kwargs or {}
         self._pending_rng: list[dict[str, Any]] | None = None
+        self._saved_settings: list[dict[str, Any]] = []
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
 
@@ -101,18 +104,21 @@ class CausalLMModule(lightning.LightningModule):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         place = resolve_model(self.source)
-        self.tokenizer = AutoTokenizer.from_pretrained(place)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(place)
+            base = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=self.weights_dtype,
+                attn_implementation=self._attn_implementation,
+                **self._model_kwargs,
+            )
+        except OSError as error:
+            raise ValueError(f"model={self.source!r} cannot be loaded. {error}") from error
         if self._chat_template and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
                 "feed prompts as they are, or use an instruction-tuned model."
             )
-        base = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=self.weights_dtype,
-            attn_implementation=self._attn_implementation,
-            **self._model_kwargs,
-        )
         # Without this a head that reads a slice of positions multiplies in batches, which on CPU copies the
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
@@ -148,12 +154,15 @@ class CausalLMModule(lightning.LightningModule):
 
     # ------------------------------------------------------------------ text
 
-    def encode_prompts(self, prompts: Sequence[Prompt], *, room: int) -> list[list[int]]:
+    def encode_prompts(
+        self, prompts: Sequence[Prompt], *, room: int, uids: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """Tokenise prompts, through the chat template where it is on.
 
         Args:
             prompts: Strings or conversations.
             room: Tokens that must stay free after the prompt for its completion.
+            uids: Numbers of the rows in their data set, for messages.
 
         Returns:
             Token ids of each prompt, unpadded.
@@ -165,12 +174,13 @@ class CausalLMModule(lightning.LightningModule):
         texts = [self._prompt_text(prompt) for prompt in prompts]
         # A chat template writes the special tokens itself.
         encoded = self.tokenizer(texts, add_special_tokens=not self._chat_template)["input_ids"]
-        for text, ids in zip(texts, encoded, strict=True):
+        for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            row = "A row's prompt" if uids is None else f"Row {uids[i]} of the data: its prompt"
             if not ids:
-                raise ValueError("A prompt has no tokens. Remove empty prompts from the data.")
+                raise ValueError(f"{row} has no tokens. Remove empty prompts from the data.")
             if len(ids) + room > self.context_length:
                 raise ValueError(
-                    f"A prompt has {len(ids)} tokens; with {room} new tokens it does not fit the context of "
+                    f"{row} has {len(ids)} tokens; with {room} new tokens it does not fit the context of "
                     f"{self.context_length} tokens: {text[:60]!r}... Shorten or drop it, or lower "
                     "max_new_tokens."
                 )
@@ -237,7 +247,14 @@ class CausalLMModule(lightning.LightningModule):
             logger.log_hyperparams({"model": hparams})
 
     def on_train_start(self) -> None:
-        """Restore the random states of a resumed run, after everything that draws at start-up."""
+        """Finish a resume: the configuration's optimiser settings win, then random states come back.
+
+        Random states last, after everything that draws at start-up.
+        """
+        for optimizer, saved in zip(self.trainer.optimizers, self._saved_settings, strict=False):
+            for change in override_restored(optimizer, saved, self.lr_schedulers()):
+                rank_zero_warn(f"{change}: going on with the configuration's.")
+        self._saved_settings = []
         # A rank that the earlier run did not have keeps its seeded state.
         if self._pending_rng is not None and self.global_rank < len(self._pending_rng):
             set_rng_state(self._pending_rng[self.global_rank])
@@ -261,6 +278,7 @@ class CausalLMModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was learned, and add what an exact resume needs."""
         checkpoint["state_dict"] = self.adapter.state_dict()
+        checkpoint["optimizer_settings"] = [settings(one) for one in self.trainer.optimizers]
         checkpoint["rng_states"] = gathered(rng_state())
         checkpoint["counters"] = dict(self.counters())
 
@@ -272,6 +290,7 @@ class CausalLMModule(lightning.LightningModule):
         """
         self.adapter.load_state_dict(checkpoint["state_dict"])
         checkpoint["state_dict"] = {}  # done; nothing is left for Lightning to load
+        self._saved_settings = checkpoint.get("optimizer_settings", [])
         self._pending_rng = checkpoint.get("rng_states")
         self.load_counters(checkpoint.get("counters", {}))
 
@@ -307,3 +326,9 @@ class CausalLMModule(lightning.LightningModule):
 def _contiguous(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
     """Forward pre-hook: hand contiguous inputs to a module."""
     return (arguments[0].contiguous(), *arguments[1:])
+
+
+def prediction_rows(batch: TextBatch, completions: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what `predict` gives for a batch: one dict of `uid`, `prompt` and `completion` per row."""
+    rows = zip(batch.uids, batch.prompts, completions, strict=True)
+    return [{"uid": uid, "prompt": prompt, "completion": text} for uid, prompt, text in rows]

@@ -16,7 +16,7 @@ _OWN = tuple(_HOME / name for name in ("lightning_modules", "datamodules", "call
 # Lines of jsonargparse's messages that say nothing about the mistake.
 _NOISE = re.compile(
     r"(- )?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: |"
-    r"Given value: .{80}|Expected a <class 'NoneType'>|Not a valid subclass of |"
+    r"Given value: ([\[{]|.{80})|Expected a <class 'NoneType'>|Not a valid subclass of |"
     r"Subclass types expect one of|a class path \(str\)|a dict with(out)? )"
 )
 

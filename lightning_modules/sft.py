@@ -5,6 +5,7 @@ Shapes: B rows of a batch, T answer tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
 from datamodules.batches import TextBatch
-from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.causal_lm import CausalLMModule, prediction_rows
 from lightning_modules.distributed import all_sum
 from lightning_modules.logprobs import completion_logits, token_logprobs
+from lightning_modules.metrics import Means
 from lightning_modules.microbatches import pad_pairs, plan_micro_batches
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
 
@@ -83,7 +85,7 @@ class SFTModule(CausalLMModule):
     def _micro_batches(self, batch: TextBatch) -> list[tuple[list[list[int]], list[list[int]]]]:
         """Tokenised prompts and answers, grouped within the token budget."""
         answers = self.encode_answers(batch.answers)
-        prompts = self.encode_prompts(batch.prompts, room=max(map(len, answers)))
+        prompts = self.encode_prompts(batch.prompts, room=max(map(len, answers)), uids=batch.uids)
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return [
             ([prompts[i] for i in rows], [answers[i] for i in rows])
@@ -109,46 +111,57 @@ class SFTModule(CausalLMModule):
         self.log("train/grad_norm", norm, batch_size=1)
         self.log("train/answer_tokens", float(count), batch_size=1)
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the means of an epoch; the same names on every rank, whatever rows it gets."""
+        self._means = Means()
+        for name in ("loss", "exact_match", "rouge_l", "choice_accuracy"):
+            self._means.add(name, torch.empty(0))
+
     def validation_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
-        """Log loss and metrics of one batch.
+        """Add a batch to the epoch's loss and metrics.
 
         Returns:
             `predictions`: the greedy answer of each row without choices, else the chosen one (B).
         """
-        stage = "test" if self.trainer.testing else "val"
         for micro_batch in self._micro_batches(batch):
             logprobs_BT, mask_BT = self._logprobs(*micro_batch)
-            loss, tokens = -(logprobs_BT * mask_BT).sum() / mask_BT.sum(), int(mask_BT.sum())
-            self.log(f"{stage}/loss", loss, batch_size=tokens, on_epoch=True, sync_dist=True)
-        predictions = list(batch.answers)
+            self._means.add("loss", -logprobs_BT, mask_BT)
         free = [i for i, choices in enumerate(batch.choices) if not choices]
-        chosen = [i for i, choices in enumerate(batch.choices) if choices]
-        if free:
-            texts = self._generate([batch.prompts[i] for i in free])
-            gold = [batch.answers[i] for i in free]
-            exact = [float(text == answer.strip()) for text, answer in zip(texts, gold, strict=True)]
-            self._log_mean(f"{stage}/exact_match", exact)
-            self._log_mean(f"{stage}/rouge_l", [_rouge_l(*pair) for pair in zip(texts, gold, strict=True)])
-            for i, text in zip(free, texts, strict=True):
-                predictions[i] = text
-        for i in chosen:
-            predictions[i] = self.choose(batch.prompts[i], batch.choices[i])
-        if chosen:
-            correct = [float(predictions[i] == batch.answers[i]) for i in chosen]
-            self._log_mean(f"{stage}/choice_accuracy", correct)
-        return {"predictions": predictions}
+        texts = self._generate([batch.prompts[i] for i in free]) if free else []
+        predictions = dict(zip(free, texts, strict=True))
+        for i, text in predictions.items():
+            self._means.add("exact_match", torch.tensor(float(text == batch.answers[i].strip())))
+            rouge = rouge_score(text, batch.answers[i], rouge_keys="rougeL")
+            self._means.add("rouge_l", torch.as_tensor(rouge["rougeL_fmeasure"]))
+        for i, choices in enumerate(batch.choices):
+            if choices:
+                predictions[i] = self.choose(batch.prompts[i], choices)
+                correct = float(predictions[i] == batch.answers[i])
+                self._means.add("choice_accuracy", torch.tensor(correct))
+        return {"predictions": [predictions[i] for i in range(len(batch))]}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all rows and ranks; of a metric that applied to no row, none."""
+        stage = "test" if self.trainer.testing else "val"
+        for name, value in self._means.reduce(self.trainer.strategy).items():
+            if not math.isnan(value):
+                self.log(f"{stage}/{name}", value)
+
+    def on_test_epoch_start(self) -> None:
+        """Do what validation does."""
+        self.on_validation_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        """Do what validation does."""
+        self.on_validation_epoch_end()
 
     def test_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
         """Do what validation does, on the test set, under `test/`."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[str]:
-        """Return one answer per prompt."""
-        return self._generate(batch.prompts)
-
-    def _log_mean(self, name: str, values: list[float]) -> None:
-        """Log the mean over rows of an epoch on all ranks."""
-        self.log(name, sum(values) / len(values), batch_size=len(values), on_epoch=True, sync_dist=True)
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return `uid`, `prompt` and the `completion` of each row."""
+        return prediction_rows(batch, self._generate(batch.prompts))
 
     def _generate(self, prompts: Sequence[Any]) -> list[str]:
         ids = self.encode_prompts(prompts, room=self.sampling.max_new_tokens)
@@ -170,8 +183,3 @@ class SFTModule(CausalLMModule):
         logprobs_BT, mask_BT = self._logprobs([prompt_ids] * len(choices), answers)
         means_B = (logprobs_BT * mask_BT).sum(1) / mask_BT.sum(1)
         return choices[int(means_B.argmax())]
-
-
-def _rouge_l(text: str, gold: str) -> float:
-    """Rouge-L F-measure of one answer."""
-    return float(rouge_score(text, gold, rouge_keys="rougeL")["rougeL_fmeasure"])

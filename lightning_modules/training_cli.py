@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import re
+import sys
 import warnings
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -22,6 +24,7 @@ import callbacks
 import datamodules
 import lightning_modules
 from lightning_modules.configs import find_config
+from lightning_modules.distributed import gathered
 from lightning_modules.errors import shorten
 from lightning_modules.files import complete_file, set_aside
 
@@ -91,7 +94,9 @@ def _remedy(text: str, parser: LightningArgumentParser) -> str:
     if close:
         return f"Did you mean {close[0]}?"
     command = parser.prog.replace(" [options]", "")
-    return f"`{command} {f'--model.help {classes[-1]}' if classes else '--help'}` lists what there is."
+    part = re.match(r'Parser key "(model|data)"', text)
+    options = f"--{part[1]}.help {classes[0]}" if part and len(classes) == 1 else "--help"
+    return f"`{command} {options}` lists what there is."
 
 
 def _parameters(class_path: str) -> set[str]:
@@ -198,6 +203,15 @@ class QuiverCLI(LightningCLI):
         """Check inputs."""
         self._check_inputs("predict")
 
+    def predict(self, **arguments: Any) -> None:
+        """Print one JSON line per row: `uid`, `prompt`, `completion`."""
+        batches = self.trainer.predict(**arguments) or []
+        mine = [row for batch in batches for row in batch]
+        rows = [row for part in gathered(mine) for row in part]
+        if self.trainer.is_global_zero:
+            for row in rows:
+                print(json.dumps(row, ensure_ascii=False))  # noqa: T201
+
 
 def run(args: list[str]) -> int:
     """Run `fit`, `validate`, `test` or `predict`.
@@ -208,6 +222,17 @@ def run(args: list[str]) -> int:
     Returns:
         0, or 130 when Ctrl-C or SIGTERM stopped the run.
     """
-    cli = QuiverCLI(args)
-    stopped = any(isinstance(c, callbacks.GracefulStop) and c.stopped for c in cli.trainer.callbacks)  # type: ignore[attr-defined]
+    failed = 1
+    try:
+        cli = QuiverCLI(args)
+        failed = 0
+    finally:
+        # A W&B run that stays open would swallow the next one of this process.
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=failed)
+    stopped = any(
+        isinstance(callback, callbacks.GracefulStop) and callback.stopped
+        for callback in cli.trainer.callbacks  # type: ignore[attr-defined]
+    )
     return 130 if stopped else 0

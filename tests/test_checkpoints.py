@@ -105,9 +105,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_model, tmp_path):
     ):
         trainer.fit(other, ArithmeticDataModule(val_size=0), ckpt_path=path, weights_only=True)
     full = python_module(tiny_model)
-    with pytest.raises(
-        ValueError, match=r"does not fit model and adapter: .* tensors are missing"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit model and adapter: .* tensors are missing"):
         trainer.fit(full, ArithmeticDataModule(val_size=0), ckpt_path=path, weights_only=True)
 
 
@@ -122,6 +120,22 @@ def test_the_disabled_adapter_is_the_base_model(tiny_model):
     assert not torch.equal(logits(module), expected)
     with module.adapter.disabled():
         assert torch.equal(logits(module), expected)
+
+
+def test_a_resumed_run_takes_optimiser_settings_from_the_configuration(tiny_model, tmp_path):
+    run = config(tmp_path, tiny_model, "GRPOModule", max_steps=2)
+    assert main(["fit", "-c", run]) == 0
+    checkpoint = str(tmp_path / "checkpoints" / "last.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"][0]["lr"]
+    resume = ["fit", "-c", run, "--ckpt_path", checkpoint, "--trainer.max_steps", "4"]
+    changes = ["--model.optimizer.lr", "0.03", "--model.optimizer.weight_decay", "0.5"]
+    with pytest.warns(UserWarning, match=r"lr: 0.01 in the checkpoint, 0.03 in the configuration: going on"):
+        assert main([*resume, *changes]) == 0
+    [group] = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == 0.5
+    # LinearLR goes from a third to the whole over ten steps: the course stays, its height is the new one.
+    assert saved == pytest.approx(0.01 * (1 / 3 + 2 / 3 * 2 / 10))
+    assert group["lr"] == pytest.approx(0.03 * (1 / 3 + 2 / 3 * 4 / 10))
 
 
 def test_plain_refuses_what_cannot_be_imported():

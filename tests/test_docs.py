@@ -25,7 +25,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         first, _, rest = text.partition("\n")
         if first.startswith("# file: "):
             (tmp_path / first.removeprefix("# file: ")).write_text(rest, encoding="utf-8")
-    rows = ['{"question": "1 + %d?", "answer": "%d"}\n' % (i, i + 1) for i in range(200)]
+    rows = [f'{{"question": "1 + {i}?", "answer": "{i + 1}"}}\n' for i in range(200)]
     (tmp_path / "train.jsonl").write_text("".join(rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

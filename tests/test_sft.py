@@ -135,7 +135,9 @@ def test_overfits_a_few_rows(taught):
     assert metrics["val/rouge_l"] == 1
     assert metrics["val/loss"] < 0.1
     answers = [answer for _, answer in ROWS]
-    assert run.predict(module, loader(ROWS, batch_size=3)) == [answers[:3], answers[3:]]
+    predicted = run.predict(module, loader(ROWS, batch_size=3))
+    assert [[row["completion"] for row in batch] for batch in predicted] == [answers[:3], answers[3:]]
+    assert [row["prompt"] for batch in predicted for row in batch] == [prompt for prompt, _ in ROWS]
 
 
 @torch.no_grad()

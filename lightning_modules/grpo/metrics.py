@@ -1,59 +1,11 @@
-"""Weighted means of one step over micro-batches and ranks, and the clock of its phases."""
+"""What a rollout tells before any update."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from lightning_modules.distributed import all_sum
 from lightning_modules.grpo.rollout import Rollout, Scores
-
-
-class Means:
-    """Collects sums and counts, so that uneven micro-batches and ranks get their true weight.
-
-    Every rank adds the same names in the same order; a rank without data adds empty tensors.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-
-    def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add values to a mean.
-
-        Args:
-            name: Name of the metric.
-            values: Any shape. NaN (a reward that is not applicable) does not count.
-            mask: 1 where a value counts; same shape. None: everywhere.
-        """
-        counts = ~values.isnan() if mask is None else mask.bool()
-        total = self._sums.setdefault(name, [0.0, 0.0])
-        total[0] += torch.where(counts, values, 0.0).double().sum().item()
-        total[1] += counts.sum().item()
-
-    def reduce(self, strategy: Strategy) -> dict[str, float]:
-        """Return each mean over all ranks; NaN where nothing was counted."""
-        sums = all_sum(strategy, torch.tensor(list(self._sums.values())))
-        return dict(zip(self._sums, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-
-
-class Clock:
-    """Seconds spent in each phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time a block and add it to `phase`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+from lightning_modules.metrics import Means
 
 
 def add_rollout_means(means: Means, rollout: Rollout, scores: Scores, advantages_B: Tensor) -> None:

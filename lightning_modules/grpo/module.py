@@ -11,16 +11,17 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr
 from torch import Tensor
 
 from datamodules.batches import TextBatch
-from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.causal_lm import CausalLMModule, prediction_rows
 from lightning_modules.distributed import all_sum
 from lightning_modules.grpo.advantages import group_advantages
 from lightning_modules.grpo.evaluation import pass_at_k
 from lightning_modules.grpo.losses import aggregate, clip_fractions, clipped_surrogate, kl_estimate
-from lightning_modules.grpo.metrics import Clock, Means, add_rollout_means
+from lightning_modules.grpo.metrics import add_rollout_means
 from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
 from lightning_modules.grpo.rewards import RewardFunction
 from lightning_modules.grpo.rollout import (
@@ -37,8 +38,12 @@ from lightning_modules.grpo.scoring import (
     weighted_total,
 )
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
+from lightning_modules.metrics import Clock, Means
 from lightning_modules.microbatches import plan_micro_batches
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
+
+# Steps without any signal after which the user is told.
+_PATIENCE = 20
 
 
 class GRPOModule(CausalLMModule):
@@ -136,6 +141,7 @@ class GRPOModule(CausalLMModule):
         self.val_sampling = val_sampling or sampling
         self.num_tokens = 0
         self.skipped_steps = 0
+        self._skipped_in_a_row = 0
 
     def configure_model(self) -> None:
         """Load the model and hand it to the sampler."""
@@ -182,7 +188,7 @@ class GRPOModule(CausalLMModule):
         Returns:
             B rows, the completions of a prompt next to each other.
         """
-        ids = self.encode_prompts(batch.prompts, room=sampling.max_new_tokens)
+        ids = self.encode_prompts(batch.prompts, room=sampling.max_new_tokens, uids=batch.uids)
         prompt_ids = [row for row in ids for _ in range(num_generations)]
         return Rollout(
             batch=repeat_rows(batch, num_generations),
@@ -288,7 +294,15 @@ class GRPOModule(CausalLMModule):
         ).tolist()
         if computed == 0:
             self.skipped_steps += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == _PATIENCE:
+                rank_zero_warn(
+                    f"{_PATIENCE} steps in a row had no group whose completions differ in reward, so nothing "
+                    "was learned. Look at the rollouts: is the task far too hard or easy, or the reward "
+                    "constant? max_steps counts updates only, so it may never be reached."
+                )
             return
+        self._skipped_in_a_row = 0
         denominator = {
             "tokens": tokens,
             "sequences": sequences,
@@ -403,6 +417,6 @@ class GRPOModule(CausalLMModule):
         """Do what validation does, on the test set, under `test/`."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[str]:
-        """Return one completion per prompt."""
-        return self.rollout(batch, 1, self.val_sampling).completions.texts
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Return `uid`, `prompt` and one `completion` per row."""
+        return prediction_rows(batch, self.rollout(batch, 1, self.val_sampling).completions.texts)

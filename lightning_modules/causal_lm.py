@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from datamodules.batches import Prompt, TextBatch
+from datamodules.batches import Prompt
 from lightning_modules.adapters import Adapter, as_adapter
-from lightning_modules.distributed import gathered, gradient_exchange, rng_state, set_rng_state
+from lightning_modules.checkpoints import AdapterCheckpoints
+from lightning_modules.distributed import gradient_exchange
+from lightning_modules.evaluation import EvaluationMeans
 from lightning_modules.hparams import plain_hparams
-from lightning_modules.optimizers import override_restored, settings
 from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.text import encode_prompts
 
 # Its one message here, that GGUF or adapter loading took place, repeats for every layer.
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)  # norms "not sharded"
 
 
-class CausalLMModule(lightning.LightningModule):
+class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
     """Base of all our modules: model source, tokenizer, adapter, optimiser, adapter-only checkpoints.
 
     Weights are loaded in `configure_model`, never in the constructor, so that a strategy can shard them and
@@ -64,7 +64,6 @@ class CausalLMModule(lightning.LightningModule):
         self.save_hyperparameters(logger=False)
         if "_instantiator" not in self.hparams:
             self._make_hparams_plain()
-        self.strict_loading = False  # checkpoints hold the adapter only; `on_load_checkpoint` checks it
         self.source = model
         self.adapter = as_adapter(adapter)
         self._optimizer = optimizer
@@ -75,8 +74,6 @@ class CausalLMModule(lightning.LightningModule):
         self._chat_template = chat_template
         self.gradient_clip_val = gradient_clip_val
         self._model_kwargs = model_kwargs or {}
-        self._pending_rng: list[dict[str, Any]] | None = None
-        self._saved_settings: list[dict[str, Any]] = []
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
 
@@ -171,34 +168,10 @@ class CausalLMModule(lightning.LightningModule):
             ValueError: If a prompt is empty, does not fit the context, or is a conversation while
                 `chat_template` is off.
         """
-        texts = [self._prompt_text(prompt) for prompt in prompts]
-        # A chat template writes the special tokens itself.
-        encoded = self.tokenizer(texts, add_special_tokens=not self._chat_template)["input_ids"]
-        for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-            row = "A row's prompt" if uids is None else f"Row {uids[i]} of the data: its prompt"
-            if not ids:
-                raise ValueError(f"{row} has no tokens. Remove empty prompts from the data.")
-            if len(ids) + room > self.context_length:
-                raise ValueError(
-                    f"{row} has {len(ids)} tokens; with {room} new tokens it does not fit the context of "
-                    f"{self.context_length} tokens: {text[:60]!r}... Shorten or drop it, or lower "
-                    "max_new_tokens."
-                )
-        return list(encoded)
-
-    def _prompt_text(self, prompt: Prompt) -> str:
-        if self._chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            return text
-        if not isinstance(prompt, str):
-            raise ValueError(
-                "The data holds conversations but chat_template is false. Set chat_template: true, or give "
-                "plain string prompts."
-            )
-        return prompt
+        limit = self.context_length - room
+        return encode_prompts(
+            self.tokenizer, prompts, chat_template=self._chat_template, limit=limit, uids=uids
+        )
 
     # ------------------------------------------------------------------ training
 
@@ -241,73 +214,16 @@ class CausalLMModule(lightning.LightningModule):
         return norm.detach()
 
     def on_fit_start(self) -> None:
-        """Write the hyper-parameters to the loggers."""
+        """Write the hyper-parameters to the loggers.
+
+        Raises:
+            ValueError: If the precision needs loss scaling, which `update` does not undo before it clips.
+        """
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision=16-mixed is not supported. Use bf16-mixed or 32-true.")
         hparams = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         for logger in self.loggers:
             logger.log_hyperparams({"model": hparams})
-
-    def on_train_start(self) -> None:
-        """Finish a resume: the configuration's optimiser settings win, then random states come back.
-
-        Random states last, after everything that draws at start-up.
-        """
-        for optimizer, saved in zip(self.trainer.optimizers, self._saved_settings, strict=False):
-            for change in override_restored(optimizer, saved, self.lr_schedulers()):
-                rank_zero_warn(f"{change}: going on with the configuration's.")
-        self._saved_settings = []
-        # A rank that the earlier run did not have keeps its seeded state.
-        if self._pending_rng is not None and self.global_rank < len(self._pending_rng):
-            set_rng_state(self._pending_rng[self.global_rank])
-        self._pending_rng = None
-
-    def on_validation_start(self) -> None:
-        """Give validation random numbers of its own.
-
-        So it neither changes the course of training, however often it runs, nor differs between runs for
-        another reason than the policy.
-        """
-        self._training_rng = rng_state()
-        torch.manual_seed(self.global_rank)
-
-    def on_validation_end(self) -> None:
-        """Give training its random numbers back."""
-        set_rng_state(self._training_rng)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was learned, and add what an exact resume needs."""
-        checkpoint["state_dict"] = self.adapter.state_dict()
-        checkpoint["optimizer_settings"] = [settings(one) for one in self.trainer.optimizers]
-        checkpoint["rng_states"] = gathered(rng_state())
-        checkpoint["counters"] = dict(self.counters())
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what `on_save_checkpoint` kept.
-
-        Raises:
-            ValueError: If the checkpoint does not fit model and adapter.
-        """
-        self.adapter.load_state_dict(checkpoint["state_dict"])
-        checkpoint["state_dict"] = {}  # done; nothing is left for Lightning to load
-        self._saved_settings = checkpoint.get("optimizer_settings", [])
-        self._pending_rng = checkpoint.get("rng_states")
-        self.load_counters(checkpoint.get("counters", {}))
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load weights by name; the empty dict that `on_load_checkpoint` leaves loads nothing."""
-        if not state_dict:
-            return nn.modules.module._IncompatibleKeys([], [])
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def counters(self) -> Mapping[str, int]:
-        """Return counts that a resumed run must continue from. A subclass with counts overrides this."""
-        return {}
-
-    def load_counters(self, counters: Mapping[str, int]) -> None:
-        """Restore what `counters` returned."""
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Call the model with its adapter.
@@ -326,9 +242,3 @@ class CausalLMModule(lightning.LightningModule):
 def _contiguous(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
     """Forward pre-hook: hand contiguous inputs to a module."""
     return (arguments[0].contiguous(), *arguments[1:])
-
-
-def prediction_rows(batch: TextBatch, completions: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what `predict` gives for a batch: one dict of `uid`, `prompt` and `completion` per row."""
-    rows = zip(batch.uids, batch.prompts, completions, strict=True)
-    return [{"uid": uid, "prompt": prompt, "completion": text} for uid, prompt, text in rows]

@@ -5,7 +5,6 @@ Shapes: B rows of a batch, T answer tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +14,12 @@ from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
 from datamodules.batches import TextBatch
-from lightning_modules.causal_lm import CausalLMModule, prediction_rows
+from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import all_sum
 from lightning_modules.logprobs import completion_logits, token_logprobs
-from lightning_modules.metrics import Means
 from lightning_modules.microbatches import pad_pairs, plan_micro_batches
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
+from lightning_modules.text import prediction_rows
 
 
 class SFTModule(CausalLMModule):
@@ -111,11 +110,9 @@ class SFTModule(CausalLMModule):
         self.log("train/grad_norm", norm, batch_size=1)
         self.log("train/answer_tokens", float(count), batch_size=1)
 
-    def on_validation_epoch_start(self) -> None:
-        """Start the means of an epoch; the same names on every rank, whatever rows it gets."""
-        self._means = Means()
-        for name in ("loss", "exact_match", "rouge_l", "choice_accuracy"):
-            self._means.add(name, torch.empty(0))
+    def evaluation_metrics(self) -> Sequence[str]:
+        """Name the metrics of validation."""
+        return ("loss", "exact_match", "rouge_l", "choice_accuracy")
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
         """Add a batch to the epoch's loss and metrics.
@@ -125,39 +122,20 @@ class SFTModule(CausalLMModule):
         """
         for micro_batch in self._micro_batches(batch):
             logprobs_BT, mask_BT = self._logprobs(*micro_batch)
-            self._means.add("loss", -logprobs_BT, mask_BT)
+            self.evaluation_means.add("loss", -logprobs_BT, mask_BT)
         free = [i for i, choices in enumerate(batch.choices) if not choices]
         texts = self._generate([batch.prompts[i] for i in free]) if free else []
         predictions = dict(zip(free, texts, strict=True))
         for i, text in predictions.items():
-            self._means.add("exact_match", torch.tensor(float(text == batch.answers[i].strip())))
+            self.evaluation_means.add("exact_match", torch.tensor(float(text == batch.answers[i].strip())))
             rouge = rouge_score(text, batch.answers[i], rouge_keys="rougeL")
-            self._means.add("rouge_l", torch.as_tensor(rouge["rougeL_fmeasure"]))
+            self.evaluation_means.add("rouge_l", torch.as_tensor(rouge["rougeL_fmeasure"]))
         for i, choices in enumerate(batch.choices):
             if choices:
                 predictions[i] = self.choose(batch.prompts[i], choices)
                 correct = float(predictions[i] == batch.answers[i])
-                self._means.add("choice_accuracy", torch.tensor(correct))
+                self.evaluation_means.add("choice_accuracy", torch.tensor(correct))
         return {"predictions": [predictions[i] for i in range(len(batch))]}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over all rows and ranks; of a metric that applied to no row, none."""
-        stage = "test" if self.trainer.testing else "val"
-        for name, value in self._means.reduce(self.trainer.strategy).items():
-            if not math.isnan(value):
-                self.log(f"{stage}/{name}", value)
-
-    def on_test_epoch_start(self) -> None:
-        """Do what validation does."""
-        self.on_validation_epoch_start()
-
-    def on_test_epoch_end(self) -> None:
-        """Do what validation does."""
-        self.on_validation_epoch_end()
-
-    def test_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
-        """Do what validation does, on the test set, under `test/`."""
-        return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return `uid`, `prompt` and the `completion` of each row."""

@@ -5,7 +5,7 @@ Shapes: B rows = prompts x G, K reward functions, T completion tokens, b rows of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,13 +16,14 @@ from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_has
 from torch import Tensor
 
 from datamodules.batches import TextBatch
-from lightning_modules.causal_lm import CausalLMModule, prediction_rows
+from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import all_sum
 from lightning_modules.grpo.advantages import group_advantages
 from lightning_modules.grpo.evaluation import pass_at_k
-from lightning_modules.grpo.losses import aggregate, clip_fractions, clipped_surrogate, kl_estimate
+from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
 from lightning_modules.grpo.metrics import add_rollout_means
 from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
+from lightning_modules.grpo.policy import Tokens, add_update_means, forward_policy, update_metric_names
 from lightning_modules.grpo.rewards import RewardFunction
 from lightning_modules.grpo.rollout import (
     MicroBatch,
@@ -37,10 +38,10 @@ from lightning_modules.grpo.scoring import (
     score_completions,
     weighted_total,
 )
-from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
 from lightning_modules.metrics import Clock, Means
 from lightning_modules.microbatches import plan_micro_batches
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
+from lightning_modules.text import prediction_rows
 
 # Steps without any signal after which the user is told.
 _PATIENCE = 20
@@ -213,7 +214,9 @@ class GRPOModule(CausalLMModule):
             completions=rollout.completions_for_rewards(),
             completion_ids=rollout.completions.token_ids,
             columns=rollout.batch.columns,
-            trainer_state=SimpleNamespace(global_step=self.global_step, epoch=self.current_epoch),
+            trainer_state=SimpleNamespace(
+                global_step=self.global_step, max_steps=self.trainer.max_steps, epoch=self.current_epoch
+            ),
             log_extra=rollout.extra.__setitem__,
             log_metric=self._log_metric,
         )
@@ -236,22 +239,20 @@ class GRPOModule(CausalLMModule):
         """
         return group_advantages(scores.total, rollout.group_size, scale=self.scale)
 
-    def loss(self, rows: MicroBatch) -> Tensor:
+    def loss(self, tokens: Tokens) -> Tensor:
         """Loss of each token, before aggregation.
 
         Args:
-            rows: A micro-batch with `logprobs`, `old_logprobs` and, where `kl_coef` is set, `ref_logprobs`.
+            tokens: Log-probabilities, advantages and mask of b rows; `ref_logprobs` where `kl_coef` is set.
 
         Returns:
             (b, T); what stands at masked positions does not count.
         """
-        assert rows.logprobs is not None
-        assert rows.old_logprobs is not None
         loss_BT = clipped_surrogate(
-            rows.logprobs, rows.old_logprobs, rows.advantages, rows.mask, clip=self.clip
+            tokens.logprobs, tokens.old_logprobs, tokens.advantages, tokens.mask, clip=self.clip
         )
-        if rows.ref_logprobs is not None:
-            loss_BT = loss_BT + self.kl_coef * kl_estimate(rows.logprobs, rows.ref_logprobs, "k3")
+        if tokens.ref_logprobs is not None:
+            loss_BT = loss_BT + self.kl_coef * kl_estimate(tokens.logprobs, tokens.ref_logprobs, "k3")
         return loss_BT
 
     # ------------------------------------------------------------------ training
@@ -282,7 +283,7 @@ class GRPOModule(CausalLMModule):
     def _update(self, rollout: Rollout, advantages_B: Tensor, means: Means) -> None:
         """Update the policy from the rows that carry a gradient; the same number of times on every rank."""
         strategy = self.trainer.strategy
-        for name in ("entropy", "clip_low", "clip_high", "grad_norm", *(["kl"] if self.kl_coef else [])):
+        for name in update_metric_names(kl=self.kl_coef > 0):
             means.add(name, torch.empty(0))  # a step without update logs NaN, not the value of the last one
         live_B = advantages_B != 0
         lengths_B = rollout.lengths
@@ -315,7 +316,10 @@ class GRPOModule(CausalLMModule):
             [rows[i] for i in group] for group in plan_micro_batches(sizes, self.max_tokens_per_microbatch)
         ]
         # A rank without rows of its own joins the exchange of gradients with a masked row.
-        micro_batches = [self._collate(rollout, advantages_B, group) for group in groups or [[0]]]
+        micro_batches = [
+            collate(rollout, advantages_B, group, pad_token_id=self.pad_token_id, device=self.device)
+            for group in groups or [[0]]
+        ]
         if not groups:
             micro_batches[0].mask.zero_()
         # Ranks add their gradients up as a mean, hence the world size.
@@ -325,44 +329,10 @@ class GRPOModule(CausalLMModule):
             means.add("grad_norm", norm)
 
     def _share_of_loss(self, rows: MicroBatch, denominator: float, means: Means) -> Tensor:
-        self._forward_policy(rows)
-        self._add_update_means(means, rows)
-        return aggregate(self.loss(rows), rows.mask, over=self.over, denominator=denominator)
-
-    def _collate(self, rollout: Rollout, advantages_B: Tensor, rows: list[int]) -> MicroBatch:
-        return collate(rollout, advantages_B, rows, pad_token_id=self.pad_token_id, device=self.device)
-
-    def _forward_policy(self, rows: MicroBatch) -> None:
-        """Fill in log-probabilities: of the policy each time, of the old and the base policy once.
-
-        The first update starts from the policy that sampled, so its own log-probabilities are the old ones
-        and cost no pass.
-        """
-        T = rows.mask.shape[1]
-        ids_BT = rows.input_ids[:, -T:]
-        if self.kl_coef and rows.ref_logprobs is None:
-            with torch.no_grad(), self.adapter.disabled():
-                logits = completion_logits(
-                    self, rows.input_ids, rows.attention_mask, T, self.sampling.temperature
-                )
-                rows.ref_logprobs = token_logprobs(logits, ids_BT)
-        logits = completion_logits(self, rows.input_ids, rows.attention_mask, T, self.sampling.temperature)
-        rows.logprobs = token_logprobs(logits, ids_BT)
-        rows.entropy = token_entropy(logits.detach())
-        if rows.old_logprobs is None:
-            rows.old_logprobs = rows.logprobs.detach()
-
-    def _add_update_means(self, means: Means, rows: MicroBatch) -> None:
-        assert rows.logprobs is not None
-        assert rows.old_logprobs is not None
-        assert rows.entropy is not None
-        logprobs = rows.logprobs.detach()
-        low, high = clip_fractions(logprobs, rows.old_logprobs, rows.advantages, rows.mask, clip=self.clip)
-        means.add("entropy", rows.entropy, rows.mask)
-        means.add("clip_low", low.float(), rows.mask)
-        means.add("clip_high", high.float(), rows.mask)
-        if rows.ref_logprobs is not None:
-            means.add("kl", kl_estimate(logprobs, rows.ref_logprobs, "k3"), rows.mask)
+        reference = self.adapter.disabled() if self.kl_coef else None
+        tokens = forward_policy(self, rows, temperature=self.sampling.temperature, reference=reference)
+        add_update_means(means, tokens, self.clip)
+        return aggregate(self.loss(tokens), tokens.mask, over=self.over, denominator=denominator)
 
     def _log_step(self, rollout: Rollout, means: Means, clock: Clock) -> None:
         generated = all_sum(self.trainer.strategy, rollout.lengths.sum())
@@ -389,8 +359,14 @@ class GRPOModule(CausalLMModule):
 
     # ------------------------------------------------------------------ evaluation
 
+    def evaluation_metrics(self) -> Sequence[str]:
+        """Name the metrics of validation."""
+        k = self.num_val_generations
+        pass_at = [f"pass@{k}"] if k > 1 else []
+        return ("reward", f"mean@{k}", *pass_at, "completion_length", "truncated")
+
     def validation_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
-        """Log `mean@k` and the unbiased `pass@k` of success.
+        """Measure `mean@k` and the unbiased `pass@k` of success.
 
         Returns:
             `rollout`, `scores`, and `success` per prompt and completion, bool (B / k, k).
@@ -399,23 +375,15 @@ class GRPOModule(CausalLMModule):
         rollout = self.rollout(batch, k, self.val_sampling)
         scores = self.score(rollout)
         success_Qk = scores.success.view(-1, k)
-        stage = "test" if self.trainer.testing else "val"
-        values = {
-            "reward": scores.total.nanmean(),
-            f"mean@{k}": success_Qk.float().mean(),
-            "completion_length": rollout.lengths.float().mean(),
-            "truncated": rollout.truncated.float().mean(),
-        }
+        means = self.evaluation_means
+        means.add("reward", scores.total)
+        means.add(f"mean@{k}", success_Qk.float())
+        means.add("completion_length", rollout.lengths.float())
+        means.add("truncated", rollout.truncated.float())
         if k > 1:
-            correct = success_Qk.sum(1).tolist()
-            values[f"pass@{k}"] = torch.tensor([pass_at_k(c, k, k) for c in correct]).mean()
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value, batch_size=len(batch), on_epoch=True, sync_dist=True)
+            passed = [pass_at_k(correct, k, k) for correct in success_Qk.sum(1).tolist()]
+            means.add(f"pass@{k}", torch.tensor(passed))
         return {"rollout": rollout, "scores": scores, "success": success_Qk}
-
-    def test_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
-        """Do what validation does, on the test set, under `test/`."""
-        return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return `uid`, `prompt` and one `completion` per row."""

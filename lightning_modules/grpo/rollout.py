@@ -91,7 +91,7 @@ def repeat_rows(batch: TextBatch, times: int) -> TextBatch:
 
 @dataclass
 class MicroBatch:
-    """Rows that go through the model together, and what the loss needs to know about them.
+    """Rows that go through the model together, and what is kept of them from one update to the next.
 
     Attributes:
         rows: Their positions in the rollout (b).
@@ -99,10 +99,8 @@ class MicroBatch:
         attention_mask: 1 on real tokens (b, P+T).
         mask: 1 on completion tokens that count (b, T).
         advantages: (b).
-        logprobs: Of the policy being trained, nats (b, T); set before each call of `loss`.
-        entropy: Of the policy at each position, nats, without gradient (b, T); set likewise.
-        old_logprobs: Of the policy that the first update started from (b, T); None before its forward.
-        ref_logprobs: Of the base policy (b, T); None when `kl_coef` is 0.
+        old_logprobs: Of the policy that the first update started from (b, T); None before its forward pass.
+        ref_logprobs: Of the base policy (b, T); None before it is computed.
     """
 
     rows: list[int]
@@ -110,8 +108,6 @@ class MicroBatch:
     attention_mask: Tensor
     mask: Tensor
     advantages: Tensor
-    logprobs: Tensor | None = None
-    entropy: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from lightning_modules.grpo.advantages import group_advantages
 from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
+from lightning_modules.grpo.rollout import collate
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
 
 HERE = Path(__file__).parent
@@ -187,7 +188,7 @@ def test_several_updates_per_rollout_follow_the_clipped_objective(tiny_model):
     twin.configure_model()
     rollout = twin.rollout(next(iter(loader(range(8)))), 2, twin.sampling)
     advantages_B = group_advantages(twin.score(rollout).total, 2, scale="population")
-    rows = twin._collate(rollout, advantages_B, list(range(16)))
+    rows = collate(rollout, advantages_B, list(range(16)), pad_token_id=0, device=twin.device)
     trained = [p for p in twin.parameters() if p.requires_grad]
 
     def logprobs():

@@ -1,0 +1,78 @@
+"""AdapterCheckpoints: checkpoints that hold what was learned and what an exact resume needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as lightning
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_modules.adapters import Adapter
+from lightning_modules.distributed import gathered, rng_state, set_rng_state
+from lightning_modules.optimizers import override_restored, settings
+
+
+class AdapterCheckpoints(lightning.LightningModule):
+    """Saves the adapter instead of the whole model, and random states of every rank.
+
+    Attributes:
+        adapter: What is learned; set by the subclass's constructor.
+    """
+
+    adapter: Adapter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # Lightning would miss the base weights; `on_load_checkpoint` checks
+        self._pending_rng: list[dict[str, Any]] | None = None
+        self._saved_settings: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what was learned, and add what an exact resume needs."""
+        checkpoint["state_dict"] = self.adapter.state_dict()
+        checkpoint["optimizer_settings"] = [settings(one) for one in self.trainer.optimizers]
+        checkpoint["rng_states"] = gathered(rng_state())
+        checkpoint["counters"] = dict(self.counters())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what `on_save_checkpoint` kept.
+
+        Raises:
+            ValueError: If the checkpoint does not fit model and adapter.
+        """
+        self.adapter.load_state_dict(checkpoint["state_dict"])
+        checkpoint["state_dict"] = {}  # done; nothing is left for Lightning to load
+        self._saved_settings = checkpoint.get("optimizer_settings", [])
+        self._pending_rng = checkpoint.get("rng_states")
+        self.load_counters(checkpoint.get("counters", {}))
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights by name; the empty dict that `on_load_checkpoint` leaves loads nothing."""
+        if not state_dict:
+            return nn.modules.module._IncompatibleKeys([], [])
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def counters(self) -> Mapping[str, int]:
+        """Return counts that a resumed run must continue from. A subclass with counts overrides this."""
+        return {}
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Restore what `counters` returned."""
+
+    def on_train_start(self) -> None:
+        """Finish a resume: the configuration's optimiser settings win, then random states come back.
+
+        Random states last, after everything that draws at start-up.
+        """
+        for optimizer, saved in zip(self.trainer.optimizers, self._saved_settings, strict=False):
+            for change in override_restored(optimizer, saved, self.lr_schedulers()):
+                rank_zero_warn(f"{change}: going on with the configuration's.")
+        self._saved_settings = []
+        # A rank that the earlier run did not have keeps its seeded state.
+        if self._pending_rng is not None and self.global_rank < len(self._pending_rng):
+            set_rng_state(self._pending_rng[self.global_rank])
+        self._pending_rng = None

@@ -18,8 +18,8 @@ STEPS = 10
 
 
 def spread(completions, **columns):
-    """A reward that differs within almost every group."""
-    return [sum(map(ord, text)) % 7 for text in completions]
+    """A reward that differs within about half of all groups, so that some steps have none to learn from."""
+    return [sum(map(ord, text)) % 2 for text in completions]
 
 
 class InterruptAt(lightning.Callback):
@@ -61,7 +61,7 @@ def config(folder, model, module, **trainer) -> str:
         "data": {
             "class_path": "ArithmeticDataModule",
             # An epoch has 3 steps, the last of them filled up with first rows.
-            "init_args": {"batch_size": 4, "train_size": 11, "val_size": 3},
+            "init_args": {"batch_size": 2, "train_size": 5, "val_size": 3},
         },
         "trainer": {
             "accelerator": "cpu",
@@ -132,8 +132,7 @@ def test_interrupted_run_equals_uninterrupted_run(tiny_model, tmp_path, module, 
     assert main(["fit", "-c", config(broken, tiny_model, module, callbacks=[*table, interrupt])]) == 130
     checkpoint = broken / "checkpoints" / "interrupted.ckpt"
     assert f"--ckpt_path {checkpoint}" in capsys.readouterr().err
-    progress = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    assert progress["total"]["processed"] == step
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == step
     again = config(broken, tiny_model, module, callbacks=list(table))
     assert main(["fit", "-c", again, "--ckpt_path", str(checkpoint)]) == 0
 
@@ -155,8 +154,8 @@ def test_interrupted_run_equals_uninterrupted_run(tiny_model, tmp_path, module, 
             for folder in (straight, broken)
         ]
         assert rollouts[0] == rollouts[1]  # data order and every sampled word
-        steps = STEPS + one["counters"]["skipped_steps"]
-        assert {row["step"] for row in rollouts[0]} == set(range(1, steps + 1))
+        assert {row["step"] for row in rollouts[0]} == set(range(1, STEPS + 1))
+        assert 0 < one["counters"]["skipped_steps"] < STEPS  # both kinds of steps occur
 
 
 def test_adapter_only_checkpoint_is_small_and_holds_no_pickled_object(tiny_model, tmp_path):

@@ -60,8 +60,8 @@ class GRPOModule(CausalLMModule):
     (`over: tokens`, DAPO), not sequences; the clip defaults to 0.2 on both sides; no KL term by default.
 
     One `training_step` is one rollout with its `updates_per_rollout` updates, by manual optimisation, so
-    every checkpoint lies on a rollout border. `max_steps` counts updates; a step without any live group
-    makes none.
+    every checkpoint lies on a rollout border. `max_steps` counts `updates_per_rollout` for each rollout, also
+    for one without any live group, which updates nothing.
 
     Args:
         rewards: Reward functions in TRL's convention; the first one decides success.
@@ -294,14 +294,7 @@ class GRPOModule(CausalLMModule):
             strategy, torch.stack([lengths_B[counted_B].sum(), counted_B.sum(), computed_B.sum()])
         ).tolist()
         if computed == 0:
-            self.skipped_steps += 1
-            self._skipped_in_a_row += 1
-            if self._skipped_in_a_row == _PATIENCE:
-                rank_zero_warn(
-                    f"{_PATIENCE} steps in a row had no group whose completions differ in reward, so nothing "
-                    "was learned. Look at the rollouts: is the task far too hard or easy, or the reward "
-                    "constant? max_steps counts updates only, so it may never be reached."
-                )
+            self._skip_step()
             return
         self._skipped_in_a_row = 0
         denominator = {
@@ -327,6 +320,21 @@ class GRPOModule(CausalLMModule):
         for _ in range(self.updates_per_rollout):
             norm = self.update([partial(self._share_of_loss, rows, share, means) for rows in micro_batches])
             means.add("grad_norm", norm)
+
+    def _skip_step(self) -> None:
+        """Count a step that leaves weights and optimiser alone, on every rank."""
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        # Lightning's step counter too: `max_steps` must end a run that finds no signal.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for _ in range(self.updates_per_rollout):
+            progress.increment_ready()
+            progress.increment_completed()
+        if self._skipped_in_a_row == _PATIENCE:
+            rank_zero_warn(
+                f"{_PATIENCE} steps in a row had no group whose completions differ in reward, so nothing was "
+                "learned. Look at the rollouts: is the task far too hard or easy, or the reward constant?"
+            )
 
     def _share_of_loss(self, rows: MicroBatch, denominator: float, means: Means) -> Tensor:
         reference = self.adapter.disabled() if self.kl_coef else None

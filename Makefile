@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 test: check
 
 check: lint types imports
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as lightning
 import torch
@@ -24,6 +25,13 @@ class AdapterExport(lightning.Callback):
     def __init__(self, folder: str = "adapter", artifact: bool = True) -> None:
         self.folder = folder
         self.artifact = artifact
+        self._trained = False
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any
+    ) -> None:
+        """Note that there is something new to export."""
+        self._trained = True
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Check the module before it is trained.
@@ -37,6 +45,8 @@ class AdapterExport(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Export."""
         root = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.fast_dev_run or not self._trained:  # type: ignore[attr-defined]
+            return
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, CausalLMModule)  # see `setup`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class HeldOutGain(lightning.Callback):
         self.filename = filename
         self._before: dict[int, float] = {}
         self._after: dict[int, float] = {}
+        self._measured_at = 0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Check that the whole validation set is measured.
@@ -50,6 +52,7 @@ class HeldOutGain(lightning.Callback):
     ) -> None:
         """Forget the validation before."""
         self._after = {}
+        self._measured_at = trainer.global_step
 
     def on_validation_batch_end(
         self,
@@ -69,7 +72,8 @@ class HeldOutGain(lightning.Callback):
                 "does not return them. Use it with GRPOModule, or leave it out."
             )
         uids = outputs["rollout"].batch.uids[:: outputs["rollout"].group_size]
-        success = dict(zip(uids, outputs["success"].float().mean(1).tolist(), strict=True))
+        means = outputs["success"].float().nanmean(1).tolist()  # NaN: the reward applies to no completion
+        success = {uid: mean for uid, mean in zip(uids, means, strict=True) if not math.isnan(mean)}
         if not trainer.sanity_checking:
             self._after |= success
         elif not trainer.ckpt_path:  # a resumed run keeps the accuracy from before its first part
@@ -80,8 +84,19 @@ class HeldOutGain(lightning.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         before, after = _merged(self._before), _merged(self._after)
         uids = sorted(before.keys() & after.keys())
-        if not uids or not trainer.is_global_zero:
+        if not before or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
+        if not uids:
+            pl_module.print(
+                "Held-out accuracy after training was not measured: no validation ran. Finish an epoch, or "
+                "set trainer.val_check_interval."
+            )
+            return
+        if self._measured_at != trainer.global_step:
+            pl_module.print(
+                f"The last validation ran at step {self._measured_at} of {trainer.global_step}; what came "
+                "after it was not measured."
+            )
         first = [before[uid] for uid in uids]
         last = [after[uid] for uid in uids]
         result = {

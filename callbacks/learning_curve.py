@@ -40,6 +40,8 @@ class LearningCurve(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep the picture of an earlier run in this folder."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._target = Path(trainer.log_dir or trainer.default_root_dir) / self.filename
         if trainer.is_global_zero and not self._steps:
             set_aside(self._target)
@@ -63,7 +65,7 @@ class LearningCurve(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw, and send the picture to W&B."""
         self._draw(trainer)
-        if trainer.is_global_zero and self._steps:
+        if trainer.is_global_zero and self._steps and self._target is not None:
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_image("learning_curve", [str(self._target)])

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules.distributed import gathered
 from lightning_modules.files import complete_file, set_aside
+from lightning_modules.grpo.module import GRPOModule
 
 _COLUMNS = ["step", "uid", "task", "prompt", "completion", "finish", "tokens", "reward", "advantage"]
 
@@ -40,8 +41,22 @@ class RolloutTable(lightning.Callback):
         self.table_every_n_steps = table_every_n_steps
         self._target: Path | None = None
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Check that the module makes rollouts.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if not isinstance(pl_module, GRPOModule):
+            raise ValueError(
+                f"RolloutTable shows the rollouts of a GRPOModule; {type(pl_module).__name__} makes none. "
+                "Leave it out."
+            )
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start a new file, or continue the one of a resumed run after its last saved step."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._target = Path(trainer.log_dir or trainer.default_root_dir) / self.filename
         if not trainer.is_global_zero:
             return
@@ -65,17 +80,18 @@ class RolloutTable(lightning.Callback):
         batch_idx: int,
     ) -> None:
         """Write some rollouts of this step."""
+        if self._target is None:
+            return
         step = trainer.fit_loop.total_batch_idx + 1
         rows = [row for part in gathered(self._rows(step, outputs)) for row in part]
         if not trainer.is_global_zero:
             return
-        assert self._target is not None
         with self._target.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if step % self.table_every_n_steps == 0:
-            extra = [name for name in rows[0] if name not in _COLUMNS]
+            extra = dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)
             columns = [*_COLUMNS, *extra]
-            data = [[_cell(row[name]) for name in columns] for row in rows]
+            data = [[_cell(row.get(name)) for name in columns] for row in rows]
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_table("rollouts", columns=columns, data=data)

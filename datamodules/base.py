@@ -233,6 +233,12 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"{self.row_name(split, index)}: {error}") from error
 
     def _eval_loader(self, split: Split, batch_size: int) -> EvalLoader:
+        _, world_size = self._rank_and_world_size()
+        if len(self._splits[split]) < world_size:
+            raise ValueError(
+                f"{type(self).__name__} has {len(self._splits[split])} {split} rows for {world_size} ranks; "
+                "give each rank at least one row, or none to all of them"
+            )
         return EvalLoader(
             lambda indices: self.collate(split, indices),
             len(self._splits[split]),

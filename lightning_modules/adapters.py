@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lightning_modules.files import complete_folder, set_aside
+from lightning_modules.files import complete_folder
 
 
 class Adapter(ABC):
@@ -60,17 +60,25 @@ class Adapter(ABC):
         """
         with complete_folder(folder) as aside:
             self.write(aside)
-            set_aside(folder)
 
 
 class PeftAdapter(Adapter):
-    """Any adapter of the PEFT library.
+    """Any adapter of the PEFT library that lives in the layers: LoRA, IA3, LoHa, OFT, ...
 
     Args:
         config: Its configuration. A missing `task_type` becomes `CAUSAL_LM`.
+
+    Raises:
+        ValueError: If it learns virtual tokens (prompt, prefix and P-tuning). PEFT puts them before the
+            padding and drops position ids, so that a row's log-probabilities would depend on the other rows.
     """
 
     def __init__(self, config: PeftConfig) -> None:
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"adapter={type(config).__name__} learns virtual tokens, which padded batches would move. "
+                "Use an adapter that lives in the layers, such as peft.LoraConfig or peft.IA3Config."
+            )
         self.config = copy.deepcopy(config)
         self.config.task_type = self.config.task_type or TaskType.CAUSAL_LM
 

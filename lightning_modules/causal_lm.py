@@ -79,7 +79,7 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
 
     def _make_hparams_plain(self) -> None:
         """Keep what a checkpoint can hold, in the form from which LightningCLI rebuilds the module."""
-        hparams = plain_hparams(self.hparams)
+        hparams, self.left_out = plain_hparams(self.hparams)
         self.hparams.clear()
         self.hparams.update(
             hparams,
@@ -176,12 +176,21 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
     # ------------------------------------------------------------------ training
 
     def configure_optimizers(self) -> Any:
-        """Build optimiser and scheduler over the trainable parameters."""
+        """Build optimiser and scheduler over the trainable parameters.
+
+        Raises:
+            ValueError: If the scheduler needs a metric, which an update does not have.
+        """
         optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        scheduler = self._lr_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError(
+                "lr_scheduler=ReduceLROnPlateau needs a metric at each step, but is stepped after each "
+                "update. Use a schedule over steps, such as torch.optim.lr_scheduler.LinearLR."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> Tensor:
         """Make one optimiser update from several micro-batches, for modules with manual optimisation.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as lightning
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -19,6 +20,7 @@ class AdapterCheckpoints(lightning.LightningModule):
 
     Attributes:
         adapter: What is learned; set by the subclass's constructor.
+        left_out: Names of constructor arguments that a checkpoint cannot hold.
     """
 
     adapter: Adapter
@@ -28,11 +30,13 @@ class AdapterCheckpoints(lightning.LightningModule):
         self.strict_loading = False  # Lightning would miss the base weights; `on_load_checkpoint` checks
         self._pending_rng: list[dict[str, Any]] | None = None
         self._saved_settings: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was learned, and add what an exact resume needs."""
         checkpoint["state_dict"] = self.adapter.state_dict()
         checkpoint["optimizer_settings"] = [settings(one) for one in self.trainer.optimizers]
+        checkpoint["left_out"] = self.left_out
         checkpoint["rng_states"] = gathered(rng_state())
         checkpoint["counters"] = dict(self.counters())
 
@@ -43,6 +47,11 @@ class AdapterCheckpoints(lightning.LightningModule):
             ValueError: If the checkpoint does not fit model and adapter.
         """
         self.adapter.load_state_dict(checkpoint["state_dict"])
+        if self._trainer is None and checkpoint.get("left_out"):  # rebuilt by load_from_checkpoint
+            rank_zero_warn(
+                f"The checkpoint does not hold {', '.join(checkpoint['left_out'])}: what was given there (a "
+                "lambda, say) has no form that can be saved. The default is used unless you pass it again."
+            )
         checkpoint["state_dict"] = {}  # done; nothing is left for Lightning to load
         self._saved_settings = checkpoint.get("optimizer_settings", [])
         self._pending_rng = checkpoint.get("rng_states")
@@ -72,7 +81,8 @@ class AdapterCheckpoints(lightning.LightningModule):
             for change in override_restored(optimizer, saved, self.lr_schedulers()):
                 rank_zero_warn(f"{change}: going on with the configuration's.")
         self._saved_settings = []
-        # A rank that the earlier run did not have keeps its seeded state.
         if self._pending_rng is not None and self.global_rank < len(self._pending_rng):
             set_rng_state(self._pending_rng[self.global_rank])
+        elif self.global_rank > 0:  # all ranks are seeded alike, but must not draw the same tokens
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
         self._pending_rng = None

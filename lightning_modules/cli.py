@@ -87,7 +87,12 @@ def _dispatch(arguments: list[str]) -> int:
             prog=f"quiver {name}",
         )
         return 0
-    if name not in RUN_COMMANDS and not name.startswith("-"):
+    if name.startswith("-"):
+        print(
+            f"quiver: error: {name!r} comes before the command. Write: quiver fit {name} ...", file=sys.stderr
+        )
+        return 2
+    if name not in RUN_COMMANDS:
         known = [*RUN_COMMANDS, *LIGHT_COMMANDS]
         close = get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."

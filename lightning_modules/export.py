@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.files import complete_folder, set_aside
+from lightning_modules.files import complete_folder
 from lightning_modules.sources import check_model, resolve_model
 
 if TYPE_CHECKING:
@@ -60,14 +60,22 @@ def save_adapter(module: CausalLMModule, folder: Path, *, steps: int, metrics: M
     Args:
         module: A module whose model is loaded.
         folder: The folder to make. An earlier one of this name is renamed, not overwritten.
-        steps: Optimiser steps, for the card.
+        steps: Training steps, for the card.
         metrics: Metrics for the card.
     """
     with complete_folder(folder) as aside:
         module.adapter.write(aside)
+        _name_base(aside / "adapter_config.json", module.source)
         module.tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(_card(module, folder.name, steps, metrics, aside), encoding="utf-8")
-        set_aside(folder)
+
+
+def _name_base(config: Path, source: str) -> None:
+    """Name the base model as the user did; PEFT writes where it was loaded from, a cache folder perhaps."""
+    if config.exists():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values["base_model_name_or_path"] = source
+        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, float], folder: Path) -> str:

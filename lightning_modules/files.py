@@ -19,14 +19,15 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def complete_folder(target: Path) -> Iterator[Path]:
+def complete_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its place when the block succeeds.
 
-    A block that raises leaves nothing behind. Where another process finished the same target meanwhile,
-    its folder is kept: both hold the same content by construction.
+    A block that raises leaves nothing behind.
 
     Args:
         target: The folder to appear. Its parents are made.
+        shared: Other processes may make the same folder with the same content; the first one's stays. Else an
+            existing folder of this name is set aside.
 
     Yields:
         The folder to write into.
@@ -38,10 +39,12 @@ def complete_folder(target: Path) -> Iterator[Path]:
         for file in aside.rglob("*"):
             _sync(file)
         aside.chmod(0o755)  # mkdtemp makes it private
+        if not shared:
+            set_aside(target)
         try:
             aside.rename(target)
         except OSError:
-            if not target.is_dir():
+            if not (shared and target.is_dir()):
                 raise
         _sync(target.parent)
     finally:

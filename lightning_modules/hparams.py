@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
+
+import torch
 
 
 class NotPlainError(TypeError):
@@ -28,7 +31,8 @@ def plain(value: Any) -> Any:
         Plain data.
 
     Raises:
-        NotPlainError: If there is no such form (a lambda, a local function).
+        NotPlainError: If there is no such form (a lambda, a bound method, a partial with positional
+            arguments, an object that does not keep its arguments).
     """
     if isinstance(value, Enum):
         return plain(value.value)
@@ -40,35 +44,52 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
-    if isinstance(value, partial):
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")  # the form that transformers takes
+    if isinstance(value, partial) and not value.args:
         return {"class_path": _path(value.func), "init_args": plain(value.keywords)}
-    if inspect.isroutine(value) or inspect.isclass(value):
+    if inspect.isclass(value) or inspect.isfunction(value) or inspect.isbuiltin(value):
         return _path(value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and _parameters(value) == {
+        field.name for field in dataclasses.fields(value) if field.init
+    }:
         arguments = {
             field.name: plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
             if field.init and getattr(value, field.name) != _default(field)
         }
         return {"class_path": _path(type(value)), "init_args": arguments}
-    names = [name for name in inspect.signature(type(value).__init__).parameters if name != "self"]
-    if all(name in vars(value) for name in names):
-        return {
-            "class_path": _path(type(value)),
-            "init_args": {name: plain(vars(value)[name]) for name in names},
-        }
+    names = _parameters(value)
+    attributes = getattr(value, "__dict__", {})
+    keeps_arguments = names <= attributes.keys() and not dataclasses.is_dataclass(value)
+    # Without a constructor of its own, only a callable object (a reward) is known to be whole without one.
+    is_whole = bool(names) or (callable(value) and not isinstance(value, partial | MethodType))
+    if keeps_arguments and is_whole:
+        arguments = {name: plain(attributes[name]) for name in sorted(names)}
+        return {"class_path": _path(type(value)), "init_args": arguments}
     raise NotPlainError(f"{value!r} has no plain form")
 
 
-def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Apply `plain` to each hyper-parameter and leave out those that have no plain form."""
-    result = {}
+def plain_hparams(hparams: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Apply `plain` to each hyper-parameter.
+
+    Returns:
+        The plain ones, and the names of those that have no plain form.
+    """
+    result, left_out = {}, []
     for name, value in hparams.items():
         try:
             result[name] = plain(value)
         except NotPlainError:
-            continue
-    return result
+            left_out.append(name)
+    return result, left_out
+
+
+def _parameters(value: object) -> set[str]:
+    """Names of the constructor's parameters."""
+    if type(value).__init__ is object.__init__:
+        return set()
+    return set(inspect.signature(type(value).__init__).parameters) - {"self"}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Log-probability of each token: its logit minus the log-sum-exp, without a (B, T, V) copy.
+    """Log-probability of each token: its logit minus the log-sum-exp, in float32.
+
+    For the backward pass autograd keeps a float32 copy of the logits.
 
     Args:
         logits_BTV: Logits, already divided by the temperature.
@@ -19,11 +21,10 @@ def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]])).exp()
     tensor([[0.2500]])
     """
-    # One row at a time: the float32 copy of a row's logits is freed before the next row's is made.
-    rows = [
-        logits_TV.float().gather(-1, ids_T[:, None])[:, 0] - logits_TV.float().logsumexp(-1)
-        for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True)
-    ]
+    rows = []
+    for logits_TV, ids_T in zip(logits_BTV, ids_BT, strict=True):  # a row at a time bounds temporary copies
+        exact_TV = logits_TV.float()
+        rows.append(exact_TV.gather(-1, ids_T[:, None])[:, 0] - exact_TV.logsumexp(-1))
     return torch.stack(rows)
 
 

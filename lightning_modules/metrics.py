@@ -20,7 +20,7 @@ class Means:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
+        self._parts: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add values to a mean.
@@ -31,14 +31,18 @@ class Means:
             mask: 1 where a value counts; same shape. None: everywhere.
         """
         counts = ~values.isnan() if mask is None else mask.bool()
-        total = self._sums.setdefault(name, [0.0, 0.0])
-        total[0] += torch.where(counts, values, 0.0).double().sum().item()
-        total[1] += counts.sum().item()
+        # Kept where they are: reading a number would make the host wait for the device at every micro-batch.
+        part = torch.stack([torch.where(counts, values, 0.0).float().sum(), counts.float().sum()])
+        self._parts.setdefault(name, []).append(part.detach())
 
     def reduce(self, strategy: Strategy) -> dict[str, float]:
         """Return each mean over all ranks; NaN where nothing was counted."""
-        sums = all_sum(strategy, torch.tensor(list(self._sums.values())))
-        return dict(zip(self._sums, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        device = strategy.root_device
+        sums = torch.stack(
+            [torch.stack([part.to(device) for part in parts]).sum(0) for parts in self._parts.values()]
+        )
+        sums = all_sum(strategy, sums)
+        return dict(zip(self._parts, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
 
 
 class Clock:

@@ -123,7 +123,7 @@ def _convert(file: Path) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    with complete_folder(target) as folder:
+    with complete_folder(target, shared=True) as folder:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
     return target

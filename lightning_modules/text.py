@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from datamodules.batches import Prompt, TextBatch
 
 
@@ -34,6 +36,9 @@ def encode_prompts(
     texts = [_prompt_text(tokenizer, prompt, chat_template) for prompt in prompts]
     # A chat template writes the special tokens itself.
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not chat_template)["input_ids"]
+    if not chat_template:  # some tokenizers end every text, but the model shall go on here
+        end = tokenizer.eos_token_id
+        encoded = [ids[:-1] if ids and ids[-1] == end else ids for ids in encoded]
     for i, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
         row = "A row's prompt" if uids is None else f"Row {uids[i]} of the data: its prompt"
         if not ids:
@@ -49,7 +54,14 @@ def encode_prompts(
 def _prompt_text(tokenizer: Any, prompt: Prompt, chat_template: bool) -> str:
     if chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = [turn["role"] for turn in messages]
+            raise ValueError(
+                f"The model's chat template refuses a prompt with the roles {roles}: {error} Change the "
+                "data, or leave out data.system_prompt."
+            ) from error
         return text
     if not isinstance(prompt, str):
         raise ValueError(

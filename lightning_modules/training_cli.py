@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as lightning
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
@@ -40,6 +41,7 @@ PUBLIC_CLASSES = [
 for message in (
     "Using ModelCheckpoint with manual optimization",  # the state after the update is the one to resume from
     "`loftq_config` specified but will be ignored",  # jsonargparse spells out every default of LoraConfig
+    "Found .* module.* in eval mode at the start of training",  # GRPO trains without dropout
     "Total length of `list` across ranks is zero",  # a data set without validation rows
     "Experiment logs directory .* exists and is not empty",  # `before_fit` keeps the metrics it holds
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning calls it
@@ -184,12 +186,27 @@ class QuiverCLI(LightningCLI):
             self.model.check_source()
 
     def before_fit(self) -> None:
-        """Check inputs, and keep the metrics of an earlier run, which CSVLogger would delete."""
+        """Check inputs, and keep files of an earlier run that would be deleted or mistaken for this one's."""
         self._check_inputs("fit")
-        if self.trainer.is_global_zero:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, CSVLogger):
-                    set_aside(Path(logger.log_dir) / "metrics.csv")
+        self._kept: dict[Path, Path] = {}
+        trainer = self.trainer
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        csv_loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        targets = [Path(logger.log_dir) / "metrics.csv" for logger in csv_loggers]
+        if not self.config["fit"].get("ckpt_path"):
+            savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+            folders = [Path(one.dirpath) for one in savers if one.dirpath]
+            targets += [folder / name for folder in folders for name in ("last.ckpt", "interrupted.ckpt")]
+        for target in targets:
+            if kept := set_aside(target):
+                self._kept[target] = kept
+
+    def after_fit(self) -> None:
+        """Put back what a run without a step to do has not replaced."""
+        for target, kept in self._kept.items():
+            if target.name == "metrics.csv" and not target.exists():
+                kept.rename(target)
 
     def before_validate(self) -> None:
         """Check inputs."""

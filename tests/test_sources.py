@@ -174,7 +174,7 @@ def test_a_failed_block_leaves_everything_as_it_was(tmp_path):
 
 
 def test_a_folder_that_another_process_finished_is_kept(tmp_path):
-    with complete_folder(tmp_path / "folder") as folder:
+    with complete_folder(tmp_path / "folder", shared=True) as folder:
         (folder / "mine").touch()
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "theirs").touch()

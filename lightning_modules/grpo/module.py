@@ -23,7 +23,13 @@ from lightning_modules.grpo.evaluation import pass_at_k
 from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
 from lightning_modules.grpo.metrics import add_rollout_means
 from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
-from lightning_modules.grpo.policy import Tokens, add_update_means, forward_policy, update_metric_names
+from lightning_modules.grpo.policy import (
+    Tokens,
+    add_update_means,
+    forward_policy,
+    switch_dropout_off,
+    update_metric_names,
+)
 from lightning_modules.grpo.rewards import RewardFunction
 from lightning_modules.grpo.rollout import (
     MicroBatch,
@@ -57,7 +63,9 @@ class GRPOModule(CausalLMModule):
 
     Deviations from the papers: advantages use the population standard deviation by default, as the 2-GRPO
     paper's analysis does and DeepSeekMath leaves open; tokens of the whole optimiser step weigh the same
-    (`over: tokens`, DAPO), not sequences; the clip defaults to 0.2 on both sides; no KL term by default.
+    (`over: tokens`, DAPO), not sequences; the clip defaults to 0.2 on both sides; no KL term by default;
+    dropout is off. Logged clip shares, entropy and KL are means over all updates of a step, the first of
+    which clips nothing.
 
     One `training_step` is one rollout with its `updates_per_rollout` updates, by manual optimisation, so
     every checkpoint lies on a rollout border. `max_steps` counts `updates_per_rollout` for each rollout, also
@@ -145,14 +153,24 @@ class GRPOModule(CausalLMModule):
         self._skipped_in_a_row = 0
 
     def configure_model(self) -> None:
-        """Load the model and hand it to the sampler."""
+        """Load the model, without dropout, and hand it to the sampler.
+
+        Completions are drawn without dropout, so their log-probabilities must be taken without it: else the
+        probability ratio of an unchanged policy is not 1.
+        """
         super().configure_model()
         assert self.model is not None
+        switch_dropout_off(self.model)
         self.sampler.bind(self.model, self.tokenizer)
 
     def on_fit_start(self) -> None:
         """Write the hyper-parameters to the loggers and print the plan."""
         super().on_fit_start()
+        if self.sampling.top_p < 1 or self.sampling.top_k or self.sampling.min_p:
+            rank_zero_warn(
+                "sampling cuts off unlikely tokens (top_p, top_k or min_p), but training takes "
+                "log-probabilities of the whole distribution: the gradient is biased. Set top_p: 1, top_k: 0, min_p: 0."
+            )
         if lightning_hasattr(self, "batch_size"):
             batch_size: Any = lightning_getattr(self, "batch_size")
             self.print(self.plan(batch_size))
@@ -217,13 +235,15 @@ class GRPOModule(CausalLMModule):
             trainer_state=SimpleNamespace(
                 global_step=self.global_step, max_steps=self.trainer.max_steps, epoch=self.current_epoch
             ),
-            log_extra=rollout.extra.__setitem__,
+            log_extra=rollout.add_extra,
             log_metric=self._log_metric,
         )
         return Scores(
             by_function=by_function,
             total=weighted_total(by_function, self.scoring.weights),
-            success=by_function[:, 0] >= self.scoring.success,
+            success=torch.where(
+                by_function[:, 0].isnan(), torch.nan, (by_function[:, 0] >= self.scoring.success).float()
+            ),
             names=reward_names(self.reward_functions),
         )
 
@@ -287,7 +307,8 @@ class GRPOModule(CausalLMModule):
             means.add(name, torch.empty(0))  # a step without update logs NaN, not the value of the last one
         live_B = advantages_B != 0
         lengths_B = rollout.lengths
-        counted_B = live_B if self.dead_groups == "renormalize" else torch.ones_like(live_B)
+        live_group_B = live_B.view(-1, rollout.group_size).any(1).repeat_interleave(rollout.group_size)
+        counted_B = live_group_B if self.dead_groups == "renormalize" else torch.ones_like(live_B)
         # A KL term gives dead rows a gradient, as long as they belong to the objective.
         computed_B = counted_B if self.kl_coef else live_B
         tokens, sequences, computed = all_sum(
@@ -377,7 +398,8 @@ class GRPOModule(CausalLMModule):
         """Measure `mean@k` and the unbiased `pass@k` of success.
 
         Returns:
-            `rollout`, `scores`, and `success` per prompt and completion, bool (B / k, k).
+            `rollout`, `scores`, and `success` per prompt and completion, 0 or 1, NaN where the first reward
+            function does not apply (B / k, k).
         """
         k = self.num_val_generations
         rollout = self.rollout(batch, k, self.val_sampling)
@@ -385,11 +407,12 @@ class GRPOModule(CausalLMModule):
         success_Qk = scores.success.view(-1, k)
         means = self.evaluation_means
         means.add("reward", scores.total)
-        means.add(f"mean@{k}", success_Qk.float())
+        means.add(f"mean@{k}", success_Qk)
         means.add("completion_length", rollout.lengths.float())
         means.add("truncated", rollout.truncated.float())
         if k > 1:
-            passed = [pass_at_k(correct, k, k) for correct in success_Qk.sum(1).tolist()]
+            applicable_Qk = success_Qk[~success_Qk.isnan().any(1)]
+            passed = [pass_at_k(int(correct), k, k) for correct in applicable_Qk.sum(1).tolist()]
             means.add(f"pass@{k}", torch.tensor(passed))
         return {"rollout": rollout, "scores": scores, "success": success_Qk}
 

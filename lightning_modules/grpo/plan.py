@@ -47,8 +47,8 @@ class Plan:
         rollouts = prompts * self.group_size
         moments = 2 * self.gradient_bytes
         cache = self.prompts_per_rank * self.group_size * self.max_new_tokens * self.kv_bytes_per_token
-        # At most every position of a micro-batch is scored: logits in float32, and their gradient.
-        logits = 2 * 4 * self.max_tokens_per_microbatch * self.vocab_size
+        # At most every position of a micro-batch is scored: logits, their float32 copy and its gradient.
+        logits = 3 * 4 * self.max_tokens_per_microbatch * self.vocab_size
         total = self.weight_bytes + self.gradient_bytes + moments + max(cache, logits)
         lines = [
             "Plan",

@@ -41,6 +41,19 @@ class Tokens:
     rows: list[int]
 
 
+def switch_dropout_off(model: nn.Module) -> None:
+    """Put a model into evaluation mode, except for what must know that it trains.
+
+    Args:
+        model: A model, with or without adapter. Layers that recompute activations keep their training flag,
+            because transformers recomputes in training mode only; what is inside them does not.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
 def forward_policy(
     model: nn.Module,
     micro_batch: MicroBatch,

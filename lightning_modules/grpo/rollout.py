@@ -6,6 +6,7 @@ T completion tokens; P prompt tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,18 @@ class Rollout:
         """Whether the length limit ended the completion, bool (B)."""
         return torch.tensor([reason == "length" for reason in self.completions.finish])
 
+    def add_extra(self, name: str, values: Sequence[Any]) -> None:
+        """Keep a column for the rollout table (TRL's `log_extra`).
+
+        Raises:
+            ValueError: If there is not one value per row.
+        """
+        if len(values) != len(self):
+            raise ValueError(
+                f"log_extra({name!r}) got {len(values)} values for {len(self)} rows. Give one each."
+            )
+        self.extra[name] = list(values)
+
     def completions_for_rewards(self) -> list[Prompt]:
         """Return completions in the form of their prompts: strings, or one assistant message each."""
         return [
@@ -63,7 +76,8 @@ class Scores:
     Attributes:
         by_function: Reward of each function, NaN where it is not applicable (B, K).
         total: Their weighted sum, NaN where no function is applicable (B).
-        success: Whether the first function's reward reaches `Scoring.success`, bool (B).
+        success: 1 where the first function's reward reaches `Scoring.success`, else 0; NaN where that
+            function does not apply (B).
         names: Name of each function (K).
     """
 

@@ -15,6 +15,9 @@ KL_COEF = 0.0  # so that dead rows are really dropped
 
 
 class KeepMetrics(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rng = torch.get_rng_state()
+
     def on_train_batch_end(self, trainer, pl_module, *args):
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -50,7 +53,7 @@ def main(model: str, out: str, *uids: str) -> None:
         callbacks=[keep],
     )
     gradients = first_gradients(module, trainer, PerRankLoader(list(map(int, uids))))
-    saved = {"gradients": gradients, "metrics": keep.metrics, "kl_coef": KL_COEF}
+    saved = {"gradients": gradients, "metrics": keep.metrics, "kl_coef": KL_COEF, "rng": keep.rng}
     torch.save(saved, f"{out}.{trainer.global_rank}")
 
 

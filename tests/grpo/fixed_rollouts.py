@@ -44,7 +44,7 @@ class FixedGRPO(GRPOModule):
     def score(self, rollout):
         uids = rollout.batch.uids[:: rollout.group_size]
         rewards = torch.tensor([r for uid in uids for r in REWARDS[uid]], dtype=torch.float32)
-        return Scores(rewards[:, None], rewards, rewards > 0, ["fixed"])
+        return Scores(rewards[:, None], rewards, (rewards > 0).float(), ["fixed"])
 
 
 class RecordGradients(torch.optim.SGD):

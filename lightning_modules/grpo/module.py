@@ -169,7 +169,8 @@ class GRPOModule(CausalLMModule):
         if self.sampling.top_p < 1 or self.sampling.top_k or self.sampling.min_p:
             rank_zero_warn(
                 "sampling cuts off unlikely tokens (top_p, top_k or min_p), but training takes "
-                "log-probabilities of the whole distribution: the gradient is biased. Set top_p: 1, top_k: 0, min_p: 0."
+                "log-probabilities of the whole distribution: a biased gradient. Set top_p: 1, top_k: 0 "
+                "and min_p: 0."
             )
         if lightning_hasattr(self, "batch_size"):
             batch_size: Any = lightning_getattr(self, "batch_size")

@@ -239,6 +239,8 @@ def run(args: list[str]) -> int:
     Returns:
         0, or 130 when Ctrl-C or SIGTERM stopped the run.
     """
+    # W&B would end with two screens of its own history, after the results of the run.
+    os.environ.setdefault("WANDB_QUIET", "true")
     failed = 1
     try:
         cli = QuiverCLI(args)

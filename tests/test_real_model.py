@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ pytestmark = [
 def fit(folder, *options) -> str:
     """Run the command in a process of its own, as a user does, and return what it printed."""
     command = [Path(sys.executable).with_name("quiver"), "fit", "-c", "configs/grpo/demo.yaml", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=550)
+    # W&B's service of this process, where an earlier test started one, writes relative to its own folder.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

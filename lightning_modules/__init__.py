@@ -7,14 +7,18 @@ if TYPE_CHECKING:
     from lightning_modules.causal_lm import CausalLMModule
     from lightning_modules.grpo.module import GRPOModule
     from lightning_modules.sft import SFTModule
+    from lightning_modules.sparse.adapter import SparseAdapter
+    from lightning_modules.sparse.module import SparseAdapterModule
 
 _HOMES = {
     "CausalLMModule": "lightning_modules.causal_lm",
     "GRPOModule": "lightning_modules.grpo.module",
     "SFTModule": "lightning_modules.sft",
+    "SparseAdapter": "lightning_modules.sparse.adapter",
+    "SparseAdapterModule": "lightning_modules.sparse.module",
 }
 
-__all__ = ["CausalLMModule", "GRPOModule", "SFTModule"]
+__all__ = ["CausalLMModule", "GRPOModule", "SFTModule", "SparseAdapter", "SparseAdapterModule"]
 
 
 def __getattr__(name: str) -> Any:

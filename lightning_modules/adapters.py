@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_modules.files import complete_folder
 
@@ -51,6 +53,18 @@ class Adapter(ABC):
     @abstractmethod
     def write(self, folder: Path) -> None:
         """Write the files of this adapter into an existing folder."""
+
+    def watch(self, optimizer: Optimizer, epoch: Callable[[], int] = lambda: 0) -> None:  # noqa: B027
+        """Follow an optimiser's steps. Most adapters have no need to.
+
+        Args:
+            optimizer: What trains the parameters of this adapter.
+            epoch: Returns the number of the running epoch, from 0.
+        """
+
+    def take_resized(self) -> bool:
+        """Return, once, whether parameters were replaced by others since the last call."""
+        return False
 
     def save(self, folder: Path) -> None:
         """Write this adapter as `folder`; it appears complete or not at all.

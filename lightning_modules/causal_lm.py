@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datamodules.batches import Prompt
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.checkpoints import AdapterCheckpoints
-from lightning_modules.distributed import gradient_exchange
+from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.evaluation import EvaluationMeans
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.sources import check_model, resolve_model
@@ -120,6 +120,8 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self.model = self.adapter.attach(base)
+        # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         if self._gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
@@ -182,6 +184,7 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
             ValueError: If the scheduler needs a metric, which an update does not have.
         """
         optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        self.adapter.watch(optimizer, lambda: self.current_epoch)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
@@ -218,6 +221,8 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
+        if self.adapter.take_resized():
+            rewrap(self.trainer.strategy)
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr, call-arg]
         return norm.detach()

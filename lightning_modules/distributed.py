@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 from torch import Tensor
 
 
@@ -76,3 +76,30 @@ def gradient_exchange(strategy: Strategy, *, enabled: bool) -> AbstractContextMa
     if enabled or not isinstance(strategy, ParallelStrategy):
         return nullcontext()
     return strategy.block_backward_sync()
+
+
+def several_ranks() -> bool:
+    """Return whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Average a tensor over all ranks, in place; a collective."""
+    if several_ranks():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def from_rank_zero(values: Tensor) -> Tensor:
+    """Overwrite a tensor with that of rank 0, in place; a collective."""
+    if several_ranks():
+        dist.broadcast(values, 0)
+    return values
+
+
+def rewrap(strategy: Strategy) -> None:
+    """Let DDP exchange the gradients of the parameters there are now; it knows those of its start alone."""
+    if isinstance(strategy, DDPStrategy):
+        assert strategy.lightning_module is not None
+        strategy.model = strategy._setup_model(strategy.lightning_module)

@@ -1,0 +1,253 @@
+"""SparseAdapter: trains a chosen subset of the base weights, in place (arXiv 2507.07140)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_modules.adapters import Adapter
+from lightning_modules.distributed import several_ranks
+from lightning_modules.sparse.delta import SparseDelta
+from lightning_modules.sparse.masks import Structure, check_density, unit_sums
+from lightning_modules.sparse.schedules import Schedule, Static
+from lightning_modules.sparse.scores import Score, snip
+from lightning_modules.sparse.selection import Rule, Selection
+from lightning_modules.sparse.storage import check_delta, fingerprint, write_sparse
+from lightning_modules.sparse.targets import find_targets, find_users
+from lightning_modules.sparse.weight import SparseWeight
+
+_SCHEDULE = "schedule"
+
+
+class SparseAdapter(Adapter):
+    """A sparse change of base weights: y = (W + dW)x, where dW is zero but for chosen entries.
+
+    What is learned is one float32 vector of values for each weight; indices are buffers. Values are written
+    into the base weight after each optimiser step, so a forward pass costs what it costs without adapter, and
+    optimiser moments have the size of the values (see `SparseWeight`). Under a bfloat16 base what is written
+    is rounded, what is learned is not.
+
+    Weights are chosen by a score, from gradients that ordinary training steps make anyway: there is no extra
+    pass. Gradients are averaged over ranks before they are scored, and rank 0's scores count, so that every
+    rank chooses the same.
+
+    Deviations from the paper's code: exact budgets, where ties there inflate the mask; entries that were not
+    chosen do not move, where momentum moves them there; no bias is trained; see also
+    `lightning_modules.sparse.schedules.FirstEpochs`.
+
+    Args:
+        target_modules: Modules whose weights are trained: `all-linear` for every `nn.Linear` except the
+            output head, a list of names or ends of names, or a regular expression for the whole name. Weights
+            that are tied are trained together.
+        density: Share of the entries that is trained, in (0, 1]; see `masks.select` for the exact count.
+        score: A function of `lightning_modules.sparse.scores`, or one of that kind.
+        structure: What is chosen as a whole: `element`, `row`, `column` or `block`.
+        block: Side of a block.
+        budget: `layer` gives each weight its share, `global` lets the weights compete. With `GrowAndDrop`
+            they compete at the start only.
+        schedule: When weights are chosen, from `lightning_modules.sparse.schedules`.
+
+    Raises:
+        ValueError: If `density` is not in (0, 1].
+    """
+
+    def __init__(
+        self,
+        target_modules: list[str] | str = "all-linear",
+        density: float = 0.05,
+        score: Score = snip,
+        structure: Structure = "element",
+        block: int = 16,
+        budget: Literal["layer", "global"] = "layer",
+        schedule: Schedule = Static(),  # noqa: B008  frozen
+    ) -> None:
+        check_density(density)
+        unit_sums(torch.zeros(1, 1), structure, block)  # refuses what it does not know
+        self.target_modules = target_modules
+        self.density = density
+        self.score = score
+        self.structure: Structure = structure
+        self.block = block
+        self.budget: Literal["layer", "global"] = budget
+        self.schedule = schedule
+        self.weights: list[SparseWeight] = []
+
+    # ------------------------------------------------------------------ the seam
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze `model` and make the chosen entries of its target weights trainable.
+
+        Raises:
+            ValueError: If `target_modules` matches nothing, or something else than linear layers and
+                embeddings, or a score without gradient is NaN or zero everywhere.
+        """
+        model.requires_grad_(False)
+        self._model = model
+        users = find_users(model, find_targets(model, self.target_modules))
+        self._fingerprint = {name: fingerprint(model.get_parameter(name)) for name in users}
+        self.weights = [SparseWeight(name, model.get_parameter(name), found) for name, found in users.items()]
+        rule = Rule(self.density, self.score, self.structure, self.block, self.budget, self.schedule)
+        self.selection = Selection(self.weights, rule)
+        self._hook = model.register_forward_pre_hook(lambda *_: self.synchronize())
+        try:
+            self.selection.start()
+        except Exception:
+            self.remove()
+            raise
+        return model
+
+    def disabled(self) -> AbstractContextManager[Any]:
+        """Return a context in which the base weights are back, bit for bit."""
+        return self._disabled()
+
+    @contextmanager
+    def _disabled(self) -> Iterator[None]:
+        self.synchronize()
+        for weight in self.weights:
+            weight.switch_off()
+        try:
+            yield
+        finally:
+            for weight in self.weights:
+                weight.switch_on()
+
+    def synchronize(self) -> None:
+        """Write values that have changed into the weights; each forward pass of the model begins with it."""
+        for weight in self.weights:
+            weight.write()
+
+    def remove(self) -> None:
+        """Restore the base model bit for bit and let go of it."""
+        self._hook.remove()
+        for weight in self.weights:
+            weight.remove()
+        self.weights = []
+
+    @property
+    def deltas(self) -> dict[str, SparseDelta]:
+        """What was learned, by parameter name."""
+        return {weight.name: weight.delta for weight in self.weights}
+
+    # ------------------------------------------------------------------ training
+
+    def watch(self, optimizer: Optimizer, epoch: Callable[[], int] = lambda: 0) -> None:
+        """Follow an optimiser: write after its steps, and choose weights when the schedule says so."""
+
+        def before(_: Optimizer, args: Any, kwargs: Any) -> Any:
+            # torch hands over what `step` was called with, the optimiser first.
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                self._before_step(epoch())
+                return None
+
+            def closure_then_score() -> Any:
+                result = closure()
+                self._before_step(epoch())
+                return result
+
+            rest = {name: value for name, value in kwargs.items() if name != "closure"}
+            return (args[0], closure_then_score), rest
+
+        if any(weight.values.dtype != torch.float32 for weight in self.weights):
+            raise ValueError(
+                "The values of a sparse adapter must stay float32. Set trainer.precision: 32-true and "
+                "model.dtype: bfloat16 for a bfloat16 base model."
+            )
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer, epoch()))
+
+    def take_resized(self) -> bool:
+        """Return, once, whether values became new parameters since the last call."""
+        resized, self.selection.resized = self.selection.resized, False
+        return resized
+
+    def _before_step(self, epoch: int) -> None:
+        if self.selection.resized and several_ranks():
+            raise RuntimeError(
+                "The choice of weights changed their number, and DDP does not exchange the gradients of the "
+                "new parameters. Train through CausalLMModule.update, which tells it."
+            )
+        self.selection.before_step(epoch)
+
+    def _after_step(self, optimizer: Optimizer, epoch: int) -> None:
+        self.synchronize()
+        self.selection.after_step(optimizer, epoch)
+
+    # ------------------------------------------------------------------ state and files
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return values and indices, and where the schedule stands.
+
+        Returns:
+            `<parameter>.values` float32 (K); `<parameter>.indices` int32 (K), absent in a dense phase; what
+            the next choice needs: `<parameter>.scores`, `<parameter>.dropped`; and `schedule`: step, whether
+            a choice was made.
+        """
+        selection = self.selection
+        state = {_SCHEDULE: torch.tensor([selection.step, int(selection.was_chosen)])}
+        for weight in self.weights:
+            state[f"{weight.name}.values"] = weight.values.detach()
+            if weight.indices is not None:
+                state[f"{weight.name}.indices"] = weight.indices
+        state |= {f"{name}.scores": score for name, score in selection.sums.items()}
+        return state | {f"{name}.dropped": values for name, values in selection.dropped.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned; values and indices may have other lengths than now.
+
+        Raises:
+            ValueError: If it does not fit the model. Nothing is changed then.
+        """
+        found = {name.removesuffix(".values") for name in state if name.endswith(".values")}
+        mine = {weight.name for weight in self.weights}
+        if found != mine or _SCHEDULE not in state:
+            raise ValueError(
+                f"The checkpoint does not fit this adapter: {len(mine - found)} weights are missing "
+                f"{sorted(mine - found)[:3]}, {len(found - mine)} are unknown {sorted(found - mine)[:3]}. "
+                "Use the model and target_modules of the run that wrote it."
+            )
+        parts = {
+            weight: (state[f"{weight.name}.values"], state.get(f"{weight.name}.indices"))
+            for weight in self.weights
+        }
+        for weight, (values, indices) in parts.items():
+            size = weight.weight.numel()
+            check_delta(weight.name, torch.arange(size) if indices is None else indices, values, size)
+        for weight, (values, indices) in parts.items():
+            weight.put(indices, values)
+        step, was_chosen = state[_SCHEDULE].tolist()
+        self.selection.step, self.selection.was_chosen = step, bool(was_chosen)
+        self.selection.prepare(0)
+        self.selection.sums = self._per_weight(state, "scores")
+        self.selection.dropped = self._per_weight(state, "dropped")
+
+    def _per_weight(self, state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+        found = {weight: state.get(f"{weight.name}.{kind}") for weight in self.weights}
+        return {
+            weight.name: tensor.clone().to(weight.weight.device)
+            for weight, tensor in found.items()
+            if tensor is not None
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`."""
+        if not self.selection.was_chosen:
+            what = "the change of all target weights" if self.schedule.dense else "an adapter without change"
+            rank_zero_warn(f"The schedule has not chosen weights yet; {folder} gets {what}.")
+        targets = self.target_modules
+        config = {
+            "base_model_name_or_path": getattr(self._model.config, "_name_or_path", None),
+            "density": self.density,
+            "structure": self.structure,
+            "block": self.block,
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+            "fingerprint": self._fingerprint,
+        }
+        write_sparse(folder, self.deltas.items(), config)

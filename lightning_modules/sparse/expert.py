@@ -1,0 +1,56 @@
+"""SparseExpert: puts a sparse adapter from disk into a model by scatter, and takes it out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.sparse.storage import SparseFolder
+
+
+class SparseExpert:
+    """A trained sparse adapter, for inference.
+
+    Args:
+        folder: What `SparseAdapter.save` or `quiver merge --to sparse` wrote.
+
+    Raises:
+        ValueError: If a file is missing or broken, or indices or values make no sense.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = SparseFolder(folder)
+        self.deltas = {name: self.folder.delta(name) for name in self.folder.names}
+        self._replaced: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def apply(self, model: nn.Module) -> SparseExpert:
+        """Write base + values into the weights of `model`.
+
+        Args:
+            model: The base model that the adapter was trained on; no other expert is in it.
+
+        Returns:
+            This expert.
+
+        Raises:
+            ValueError: If it is applied already, or `model` is another base model. Nothing is changed then.
+        """
+        if self._replaced:
+            raise ValueError(f"{self.folder.folder} is in a model already. Call remove() first.")
+        self.folder.check_base(model)
+        with torch.no_grad():
+            for name, delta in self.deltas.items():
+                weight = model.get_parameter(name).detach().view(-1)
+                indices = delta.indices.to(weight.device).long()
+                base = weight[indices]
+                weight.index_copy_(0, indices, (base + delta.values.to(weight.device)).to(weight.dtype))
+                self._replaced.append((weight, indices, base))
+        return self
+
+    def remove(self) -> None:
+        """Restore the base weights bit for bit."""
+        for weight, indices, base in self._replaced:
+            weight.index_copy_(0, indices, base)
+        self._replaced = []

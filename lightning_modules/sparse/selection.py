@@ -1,0 +1,191 @@
+"""Selection: lets a schedule choose weights by their scores, and optimiser moments follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_modules.distributed import from_rank_zero, mean_over_ranks
+from lightning_modules.sparse.masks import Structure, replace, select, select_across
+from lightning_modules.sparse.moments import carry_moments, positions, taken
+from lightning_modules.sparse.schedules import Schedule
+from lightning_modules.sparse.scores import Score
+from lightning_modules.sparse.weight import SparseWeight
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How weights are chosen; the arguments of `SparseAdapter`."""
+
+    density: float
+    score: Score
+    structure: Structure
+    block: int
+    budget: Literal["layer", "global"]
+    schedule: Schedule
+
+
+class Selection:
+    """Follows training steps and changes which entries of the weights are trained.
+
+    Args:
+        weights: The target weights.
+        rule: How to choose.
+
+    Attributes:
+        step: Optimiser steps made.
+        was_chosen: Whether the schedule has made a choice.
+        resized: Whether values became new parameters since this was last set to False.
+        sums: Scores that have added up for the next choice, by weight.
+        dropped: Last value of each entry that was ever trained, by weight, where the schedule keeps them (N).
+    """
+
+    def __init__(self, weights: Sequence[SparseWeight], rule: Rule) -> None:
+        self.weights = weights
+        self.rule = rule
+        self.step = 0
+        self.was_chosen = False
+        self.resized = False
+        self.sums: dict[str, Tensor] = {}
+        self.dropped: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Train what the schedule wants before the first step.
+
+        Raises:
+            ValueError: If scores that need no gradient are NaN, or zero everywhere.
+        """
+        if self.rule.schedule.dense:
+            for weight in self.weights:
+                weight.put(None, torch.zeros(weight.weight.numel()))
+        else:
+            for weight in self.weights:  # entries that hold the place of those to come
+                zeros = torch.zeros(weight.weight.shape, device=weight.weight.device)
+                first = select(zeros, self.rule.density, self.rule.structure, self.rule.block)
+                weight.put(first, torch.zeros(len(first)))
+            if self.rule.schedule.due(0, 0):
+                # One by one where weights do not compete: scores of a whole model are as large as the model.
+                together = self.rule.budget == "global"
+                for group in [self.weights] if together else [[weight] for weight in self.weights]:
+                    self.sums = {w.name: self._score(w, torch.zeros_like(w.weight)) for w in group}
+                    self._choose(self._take_scores(), None)
+                self.was_chosen = True
+        self.resized = False  # nothing knows the parameters yet
+        self.prepare(0)
+
+    def before_step(self, epoch: int) -> None:
+        """Score the gradients of the step that is about to be made, if a choice needs them."""
+        schedule = self.rule.schedule
+        if schedule.over(self.step, epoch) or not schedule.observes(self.step + 1, epoch):
+            return
+        for weight in self.weights:
+            score = self._score(weight, self._gradient(weight))
+            if weight.name in self.sums:
+                score += self.sums[weight.name]
+            self.sums[weight.name] = score
+
+    def after_step(self, optimizer: Optimizer, epoch: int) -> None:
+        """Count a step, and choose if it is due.
+
+        Raises:
+            ValueError: If scores are NaN, or zero everywhere.
+        """
+        self.step += 1
+        if self.rule.schedule.due(self.step, epoch):
+            self._choose(self._take_scores(), optimizer)
+            self.was_chosen = True
+        self.prepare(epoch)
+
+    def prepare(self, epoch: int) -> None:
+        """Get the weights ready for the next step."""
+        schedule = self.rule.schedule
+        over = schedule.over(self.step, epoch)
+        if over:
+            self.sums, self.dropped = {}, {}
+        for weight in self.weights:
+            weight.idle = not (self.was_chosen or schedule.dense)
+            weight.observing = not over and schedule.observes(self.step + 1, epoch)
+            weight.observed = None
+
+    def _gradient(self, weight: SparseWeight) -> Tensor:
+        """Return the gradient of a whole weight, a mean over ranks."""
+        if weight.indices is None:  # DDP has averaged it
+            gradient = weight.values.grad
+            return torch.zeros_like(weight.weight) if gradient is None else gradient.view(weight.weight.shape)
+        gradient, weight.observed = weight.observed, None
+        if gradient is None:
+            gradient = torch.zeros(weight.weight.shape, device=weight.weight.device)
+        return mean_over_ranks(gradient)
+
+    def _score(self, weight: SparseWeight, gradient: Tensor) -> Tensor:
+        adapted = weight.weight.float()
+        if weight.indices is None:
+            change = weight.values.detach().view(adapted.shape)
+            adapted = adapted + change
+        elif weight.name in self.dropped:
+            change = self._last_values(weight).view(adapted.shape)
+        else:
+            change = weight.delta.dense()
+        first = self.rule.schedule.first_score
+        score = self.rule.score if self.was_chosen or first is None else first
+        return score(adapted, change, gradient.float()).detach()
+
+    def _take_scores(self) -> dict[str, Tensor]:
+        """Return the scores that have added up, rank 0's on every rank."""
+        scores = {name: from_rank_zero(score.contiguous()) for name, score in self.sums.items()}
+        self.sums = {}
+        zero = [name for name, score in scores.items() if not score.any()]
+        if zero and (self.rule.budget == "layer" or len(zero) == len(scores)):
+            name = getattr(self.rule.score, "__name__", type(self.rule.score).__name__)
+            raise ValueError(
+                f"score={name} is zero everywhere in {len(zero)} of {len(scores)} weights, {zero[0]} first: "
+                "there is nothing to choose by. Scores that multiply with the learned change need a dense "
+                "phase (OneShot, FirstEpochs) whose learning rate is not zero; scores of gradients need "
+                "batches with a gradient (schedule batches of at least 1)."
+            )
+        return scores
+
+    def _chosen(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        rule = self.rule
+        share = rule.schedule.replaced(self.step) if self.was_chosen else 1.0
+        units = (rule.structure, rule.block)
+        if share < 1:
+            return {
+                w.name: replace(w.delta.indices, w.delta.dense().abs(), scores[w.name], share, *units)
+                for w in self.weights
+                if w.name in scores
+            }
+        if rule.budget == "global":
+            return select_across(scores, rule.density, *units)
+        return {name: select(score, rule.density, *units) for name, score in scores.items()}
+
+    def _choose(self, scores: dict[str, Tensor], optimizer: Optimizer | None) -> None:
+        """Train other entries of the scored weights. All is decided before anything is changed."""
+        chosen = self._chosen(scores)
+        for weight in self.weights:
+            new = chosen.get(weight.name)
+            if new is None:
+                continue
+            source = positions(weight.indices, new)
+            values = taken(weight.values.detach(), source)
+            if self.rule.schedule.keeps:
+                self.dropped[weight.name] = self._last_values(weight)
+                values = self.dropped[weight.name][new]
+            old = weight.values
+            self.resized |= weight.put(new, values)
+            if optimizer is not None:
+                carry_moments(optimizer, old, weight.values, None if weight.idle else source)
+
+    def _last_values(self, weight: SparseWeight) -> Tensor:
+        """Return the last value of each entry that was ever trained, zero elsewhere (N)."""
+        if weight.indices is None:
+            return weight.values.detach().clone()
+        known = self.dropped.get(weight.name)
+        if known is None:
+            known = torch.zeros(weight.weight.numel(), device=weight.weight.device)
+        return known.index_copy(0, weight.indices.long(), weight.values.detach())

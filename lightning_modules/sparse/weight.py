@@ -1,0 +1,266 @@
+"""SparseWeight: one base weight of which some entries are trained, in place.
+
+Shapes: K trained entries; N entries of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lightning_modules.sparse.delta import SparseDelta
+
+VALUES, INDICES, BASE = "sparse_values", "sparse_indices", "sparse_base"
+
+
+class SparseWeight:
+    """Trains K entries of a weight through a vector of values.
+
+    Chosen entries are written into the weight, W[indices] = base + values, so a forward pass costs what it
+    costs without adapter. The backward pass makes the weight's gradient layer by layer, gathers it at the
+    indices into the gradient of `values`, and frees it. While `indices` is None all entries are trained: the
+    weight stays as it was and values are added in the forward pass, which stores no second copy of it.
+
+    Values are float32 whatever the weight is; what is written is rounded to the weight's type.
+
+    Args:
+        name: Parameter name in the model.
+        weight: The weight.
+        users: Modules that use it, `nn.Linear` or `nn.Embedding`; several where weights are tied. The first
+            one holds values and indices.
+
+    Attributes:
+        observing: Add up gradients of the whole weight; those of all entries are in `values` anyway.
+        observed: Their sum since it was last taken, float32; None where there was none.
+        idle: Values get zero gradients: nothing was chosen yet.
+    """
+
+    def __init__(self, name: str, weight: nn.Parameter, users: Sequence[nn.Module]) -> None:
+        self.name = name
+        self.weight_name = name.rpartition(".")[2]
+        self.users = list(users)
+        self.owner = self.users[0]
+        self.observing = False
+        self.idle = False
+        self.observed: Tensor | None = None
+        self._off = 0
+        self._written: int | None = None
+        self.owner.register_parameter(VALUES, nn.Parameter(_vector(weight, 0)))
+        self.owner.register_buffer(INDICES, torch.empty(0, dtype=torch.int32, device=weight.device))
+        self.owner.register_buffer(BASE, _vector(weight, 0).to(weight.dtype), persistent=False)
+        for user in self.users:
+            user.forward = partial(_FORWARDS[type(user).forward], self, user)
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself, without gradient."""
+        return self.owner.get_parameter(self.weight_name).detach()
+
+    @property
+    def values(self) -> nn.Parameter:
+        """What is learned (K), float32; (N) while all entries are trained."""
+        return self.owner.get_parameter(VALUES)
+
+    @property
+    def indices(self) -> Tensor | None:
+        """Positions of the trained entries (K), int32; None for all."""
+        return getattr(self.owner, INDICES)  # type: ignore[no-any-return]
+
+    @property
+    def delta(self) -> SparseDelta:
+        """What was learned, as a change of the weight."""
+        indices = self.indices
+        if indices is None:
+            indices = torch.arange(self.weight.numel(), dtype=torch.int32, device=self.weight.device)
+        return SparseDelta(indices, self.values.detach(), tuple(self.weight.shape))
+
+    def put(self, indices: Tensor | None, values: Tensor) -> bool:
+        """Train these entries from now on.
+
+        Args:
+            indices: Sorted positions (K); None for all.
+            values: Their values (K).
+
+        Returns:
+            Whether `values` had to become a new parameter, because K changed.
+        """
+        self._erase()
+        weight = self.weight
+        resized = values.shape != self.values.shape
+        with torch.no_grad():
+            if resized:
+                setattr(
+                    self.owner, VALUES, nn.Parameter(values.detach().float().to(weight.device, copy=True))
+                )
+            else:
+                self.values.copy_(values)
+        if indices is None:
+            setattr(self.owner, INDICES, None)
+            setattr(self.owner, BASE, None)
+        else:
+            indices = indices.to(weight.device, torch.int32)
+            setattr(self.owner, INDICES, indices)
+            setattr(self.owner, BASE, weight.flatten().index_select(0, indices))
+        self.write()
+        return resized
+
+    def write(self) -> None:
+        """Write base + values into the weight, where values have changed since the last time."""
+        if self.indices is None or self._off or self._written == self.values._version:
+            return
+        self._scatter(self.weight, self._chosen())
+        self._written = self.values._version
+
+    def switch_off(self) -> None:
+        """Make the weight the base weight again, until `switch_on`; may be nested."""
+        self._off += 1
+        if self._off == 1 and self.indices is not None and self._written is not None:
+            # A graph that waits for its backward pass must not notice: the same bits come back before it.
+            self._scatter(self.owner.get_parameter(self.weight_name).data, self._base())
+
+    def switch_on(self) -> None:
+        """Undo `switch_off`."""
+        self._off -= 1
+        if not self._off and self.indices is not None:
+            if self._written == self.values._version:
+                self._scatter(self.owner.get_parameter(self.weight_name).data, self._chosen())
+            self.write()
+
+    def remove(self) -> None:
+        """Restore the base weight bit for bit and take everything off the modules."""
+        self._erase()
+        for user in self.users:
+            del user.forward
+        for name in (VALUES, INDICES, BASE):
+            delattr(self.owner, name)
+
+    def _erase(self) -> None:
+        if self._written is not None and not self._off:
+            self._scatter(self.weight, self._base())
+        self._written = None
+
+    def _base(self) -> Tensor:
+        return getattr(self.owner, BASE)  # type: ignore[no-any-return]
+
+    def _chosen(self) -> Tensor:
+        base = self._base()
+        return (base + self.values.detach()).to(base.dtype)
+
+    def _scatter(self, weight: Tensor, entries: Tensor) -> None:
+        assert self.indices is not None
+        weight.view(-1).index_copy_(0, self.indices.long(), entries)
+
+    # ------------------------------------------------------------------ forward and backward
+
+    def effective(self) -> Tensor:
+        """Return the weight to compute with; its gradient reaches `values`."""
+        weight = self.weight
+        if self._off or (self.indices is not None and not torch.is_grad_enabled()):
+            return weight
+        if self.indices is None:
+            if not torch.is_grad_enabled():
+                return self._sum()
+            return _All.apply(self.values, self)  # type: ignore[no-untyped-call, no-any-return]
+        return _Chosen.apply(self.values, weight, self)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _sum(self) -> Tensor:
+        weight = self.weight
+        return (weight + self.values.detach().view(weight.shape)).to(weight.dtype)
+
+    def gather(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of `values` from that of the weight; keep the whole one if it is observed."""
+        if self.observing and self.indices is not None:
+            if self.observed is None:
+                self.observed = torch.zeros_like(gradient, dtype=torch.float32)
+            self.observed += gradient
+        if self.indices is None:
+            return gradient.float().view(-1)
+        if self.idle:
+            return torch.zeros_like(self.values)
+        return gradient.reshape(-1).index_select(0, self.indices).float()
+
+    def recompute(self, compute: Any) -> Tensor:
+        """Run `compute(weight)`; where the weight is a sum, recompute it in the backward pass.
+
+        Args:
+            compute: Takes the weight, returns the output.
+
+        Returns:
+            The output.
+        """
+        weight = self.effective()
+        if self.indices is not None or self._off or not torch.is_grad_enabled():
+            return compute(weight)  # type: ignore[no-any-return]
+
+        def pack(tensor: Tensor) -> Any:
+            is_weight = tensor.data_ptr() == weight.data_ptr() and tensor.numel() == weight.numel()
+            return (tensor.shape, tensor.stride()) if is_weight else tensor
+
+        def unpack(packed: Any) -> Tensor:
+            return packed if isinstance(packed, Tensor) else self._sum().as_strided(*packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return compute(weight)  # type: ignore[no-any-return]
+
+
+class _Chosen(torch.autograd.Function):
+    """Hands out the weight as it is; its gradient is gathered at the chosen entries."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, owner: SparseWeight) -> Tensor:  # noqa: ARG004
+        ctx.owner = owner
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.owner.gather(gradient), None, None
+
+
+class _All(torch.autograd.Function):
+    """Hands out weight + values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, owner: SparseWeight) -> Tensor:  # noqa: ARG004
+        ctx.owner = owner
+        return owner._sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.owner.gather(gradient), None
+
+
+def _linear(owner: SparseWeight, module: nn.Linear, x: Tensor) -> Tensor:
+    return owner.recompute(lambda weight: F.linear(x, weight, module.bias))
+
+
+def _embedding(owner: SparseWeight, module: nn.Embedding, ids: Tensor) -> Tensor:
+    return owner.recompute(lambda weight: F.embedding(ids, weight, module.padding_idx))
+
+
+# By the forward function, not the class: a quantised layer is a Linear whose forward is another one.
+_FORWARDS: dict[Any, Any] = {nn.Linear.forward: _linear, nn.Embedding.forward: _embedding}
+
+
+def supported(module: nn.Module) -> bool:
+    """Return whether a module's use of its weight is known here."""
+    weight = getattr(module, "weight", None)
+    plain = not isinstance(module, nn.Embedding) or (
+        module.max_norm is None and not module.scale_grad_by_freq
+    )
+    return (
+        type(module).forward in _FORWARDS
+        and isinstance(weight, Tensor)
+        and weight.is_floating_point()
+        and plain
+    )
+
+
+def _vector(like: Tensor, length: int) -> Tensor:
+    return torch.zeros(length, dtype=torch.float32, device=like.device)

@@ -55,7 +55,11 @@ def sparse(structure: str = "element", **settings):
         from lightning_modules.sparse.scores import random
 
         adapter = SparseAdapter(
-            density=lora_density(model), score=random, schedule=Static(batches=0), structure=structure, **settings
+            density=lora_density(model),
+            score=random,
+            schedule=Static(batches=0),
+            structure=structure,
+            **settings,
         )
         return adapter.attach(model), adapter.watch
 

@@ -66,13 +66,13 @@ class Adapter(ABC):
         """Return, once, whether parameters were replaced by others since the last call."""
         return False
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write this adapter as `folder`; it appears complete or not at all.
 
         Args:
             folder: The folder to make. An earlier one of this name is renamed, not overwritten.
         """
-        with complete_folder(folder) as aside:
+        with complete_folder(Path(folder)) as aside:
             self.write(aside)
 
 

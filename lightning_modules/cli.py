@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.errors import report
 
@@ -18,7 +21,8 @@ RUN_COMMANDS = ("fit", "validate", "test", "predict")
 # Commands that train nothing, as "module:function"; jsonargparse makes their options from the signature.
 LIGHT_COMMANDS = {
     "configs": "lightning_modules.configs:list_configs",
-    "export": "lightning_modules.export:merge_adapter",
+    "export": "lightning_modules.export:export_adapter",
+    "merge": "lightning_modules.merging.merge:merge_experts",
 }
 
 USAGE = """usage: quiver COMMAND [options]
@@ -33,7 +37,8 @@ Commands that run a model, from one YAML or several, later ones winning:
 
 Commands that train nothing:
   configs    list the configurations that come with quiver
-  export     merge an adapter folder into a plain Hugging Face folder
+  export     merge an adapter folder into a plain Hugging Face folder, or turn a sparse one into SHiRA
+  merge      merge experts            quiver merge --method ties --experts A B --output FOLDER
 
 quiver fit -c FILE --print_config   shows every setting with its value
 quiver fit --help                   lists the options of a command
@@ -79,10 +84,11 @@ def _dispatch(arguments: list[str]) -> int:
     if name in LIGHT_COMMANDS:
         from jsonargparse import auto_cli
 
-        module, function = LIGHT_COMMANDS[name].split(":")
+        place, function_name = LIGHT_COMMANDS[name].split(":")
+        function = getattr(importlib.import_module(place), function_name)
         auto_cli(
-            getattr(importlib.import_module(module), function),
-            args=rest,
+            function,
+            args=_spell_lists(function, rest),
             as_positional=True,
             prog=f"quiver {name}",
         )
@@ -99,6 +105,22 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"quiver: error: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
     return int(importlib.import_module("lightning_modules.training_cli").run(arguments))
+
+
+def _spell_lists(function: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """Let a list option take several values: `--names a b` is `--names+ a --names+ b` for jsonargparse."""
+    parameters = inspect.signature(function).parameters.values()
+    lists = {f"--{one.name}" for one in parameters if str(one.annotation).startswith("list[")}
+    spelled: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in lists else None
+        if option is None:
+            spelled.append(argument)
+        elif not argument.startswith("-"):
+            spelled += [option if argument.startswith("[") else f"{option}+", argument]
+    return spelled
 
 
 def check_packages() -> None:

@@ -7,10 +7,17 @@ import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules.files import complete_folder
 from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.sparse.expert import SparseExpert
+from lightning_modules.sparse.shira import export_shira, import_shira
+from lightning_modules.sparse.storage import PEFT_TYPE
 
 if TYPE_CHECKING:
     from lightning_modules.causal_lm import CausalLMModule
@@ -49,6 +56,15 @@ from lightning_modules.sources import resolve_model  # pip install 'lightning-qu
 base = AutoModelForCausalLM.from_pretrained(resolve_model({base}))
 model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
 
+_LOAD_SPARSE = """import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_modules.sources import resolve_model  # pip install lightning-quiver
+from lightning_modules.sparse.expert import SparseExpert
+
+model = AutoModelForCausalLM.from_pretrained(resolve_model({base}), dtype=torch.{dtype})
+expert = SparseExpert("path/of/this/folder").apply(model)  # expert.remove() restores the base model"""
+
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")"""
@@ -79,16 +95,23 @@ def _name_base(config: Path, source: str) -> None:
 
 
 def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, float], folder: Path) -> str:
-    is_adapter = (folder / "adapter_config.json").exists()
+    config = folder / "adapter_config.json"
+    peft_type = json.loads(config.read_text(encoding="utf-8")).get("peft_type") if config.exists() else None
+    is_adapter = peft_type is not None
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     place = check_model(module.source)
     is_hub_id = not Path(place).exists()
-    template = _LOAD_CONVERTED_ADAPTER if place.endswith(".gguf") else _LOAD_ADAPTER
-    loading = (template if is_adapter else _LOAD_MODEL).format(base=json.dumps(module.source))
+    template = _LOAD_MODEL
+    if peft_type == PEFT_TYPE:
+        template = _LOAD_SPARSE
+    elif is_adapter:
+        template = _LOAD_CONVERTED_ADAPTER if place.endswith(".gguf") else _LOAD_ADAPTER
+    dtype = str(module.weights_dtype).removeprefix("torch.")
+    loading = template.format(base=json.dumps(module.source), dtype=dtype)
     return _CARD.format(
         # The hub takes no path here, and a path of this machine would tell nobody anything.
         base_model=f"base_model: {module.source}\n" if is_hub_id else "",
-        library="peft" if is_adapter else "transformers",
+        library={None: "transformers", PEFT_TYPE: "lightning-quiver"}.get(peft_type, "peft"),
         method=type(module).__name__.removesuffix("Module").lower(),
         title=title,
         what="An adapter" if is_adapter else "A fine-tuned copy",
@@ -104,33 +127,52 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
     )
 
 
-def merge_adapter(adapter: str, output: str, base: str | None = None) -> None:
-    """Merge a PEFT adapter folder into its base model and write a plain Hugging Face folder, in float32.
+def export_adapter(
+    adapter: str, output: str, base: str | None = None, to: Literal["model", "shira", "sparse"] = "model"
+) -> None:
+    """Write an adapter folder, sparse or of PEFT, in another form.
 
     Args:
         adapter: An adapter folder.
         output: The folder to make; must not exist.
         base: The base model, as in `model:` of a configuration; by default what the adapter names.
+        to: `model` merges the adapter into its base model, a plain Hugging Face folder in float32; `shira`
+            turns a sparse adapter into one of PEFT's SHiRA, and `sparse` the other way round.
 
     Raises:
-        ValueError: If `adapter` is no adapter folder, `output` exists, or the base model is unknown.
+        ValueError: If `adapter` is no adapter folder or of the wrong kind, `output` exists, or the base model
+            is unknown or another one.
     """
-    import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source, target = Path(adapter), Path(output)
-    if not (source / "adapter_config.json").is_file():
+    config = source / "adapter_config.json"
+    if not config.is_file():
         raise ValueError(f"adapter={adapter!r} is no adapter folder: it has no adapter_config.json.")
     if target.exists():
         raise ValueError(f"output={output!r} exists already. Give a new folder, or remove that one.")
-    base = base or PeftConfig.from_pretrained(source).base_model_name_or_path
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    base = base or facts.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"adapter={adapter!r} does not name its base model. Give it with --base.")
-    place = resolve_model(base)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, source).merge_and_unload()
-    with complete_folder(target) as folder:
-        merged.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
-    print(f"Wrote the merged model, in float32, to {target}")  # noqa: T201
+    if to == "shira":
+        export_shira(source, target)
+    elif to == "sparse":
+        import_shira(source, target, _load_base(base))
+    else:
+        model = _load_base(base)
+        if facts.get("peft_type") == PEFT_TYPE:
+            SparseExpert(source).apply(model)
+        else:
+            model = PeftModel.from_pretrained(model, source).merge_and_unload()
+        with complete_folder(target) as folder:
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(resolve_model(base)).save_pretrained(folder)
+    what = {
+        "model": "the merged model, in float32,",
+        "shira": "a SHiRA adapter",
+        "sparse": "a sparse adapter",
+    }[to]
+    print(f"Wrote {what} to {target}")  # noqa: T201
+
+
+def _load_base(base: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(resolve_model(base), dtype=torch.float32)

@@ -5,5 +5,6 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.held_out_gain import HeldOutGain
 from callbacks.learning_curve import LearningCurve
 from callbacks.rollout_table import RolloutTable
+from callbacks.sparse_stats import SparseStats
 
-__all__ = ["AdapterExport", "GracefulStop", "HeldOutGain", "LearningCurve", "RolloutTable"]
+__all__ = ["AdapterExport", "GracefulStop", "HeldOutGain", "LearningCurve", "RolloutTable", "SparseStats"]

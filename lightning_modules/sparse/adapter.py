@@ -55,7 +55,7 @@ class SparseAdapter(Adapter):
         schedule: When weights are chosen, from `lightning_modules.sparse.schedules`.
 
     Raises:
-        ValueError: If `density` is not in (0, 1].
+        ValueError: If `density` is not in (0, 1], or `structure` or `budget` is unknown.
     """
 
     def __init__(
@@ -70,6 +70,8 @@ class SparseAdapter(Adapter):
     ) -> None:
         check_density(density)
         unit_sums(torch.zeros(1, 1), structure, block)  # refuses what it does not know
+        if budget not in ("layer", "global"):
+            raise ValueError(f"budget={budget!r}: must be layer or global.")
         self.target_modules = target_modules
         self.density = density
         self.score = score
@@ -177,7 +179,8 @@ class SparseAdapter(Adapter):
         self.selection.before_step(epoch)
 
     def _after_step(self, optimizer: Optimizer, epoch: int) -> None:
-        self.synchronize()
+        for weight in self.weights:
+            weight.write(always=True)
         self.selection.after_step(optimizer, epoch)
 
     # ------------------------------------------------------------------ state and files
@@ -220,6 +223,13 @@ class SparseAdapter(Adapter):
         for weight, (values, indices) in parts.items():
             size = weight.weight.numel()
             check_delta(weight.name, torch.arange(size) if indices is None else indices, values, size)
+            # Blocks at an edge are smaller, and a global budget is spread by scores: only these have a count.
+            present = weight.indices if self.budget == "layer" and self.structure != "block" else None
+            if present is not None and indices is not None and len(indices) != len(present):
+                raise ValueError(
+                    f"The checkpoint trains {len(indices)} entries of {weight.name}, but density={self.density} "
+                    f"with structure={self.structure!r} gives another number. Use the settings of its run."
+                )
         for weight, (values, indices) in parts.items():
             weight.put(indices, values)
         step, was_chosen = state[_SCHEDULE].tolist()
@@ -239,11 +249,15 @@ class SparseAdapter(Adapter):
     def write(self, folder: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`."""
         if not self.selection.was_chosen:
-            what = "the change of all target weights" if self.schedule.dense else "an adapter without change"
-            rank_zero_warn(f"The schedule has not chosen weights yet; {folder} gets {what}.")
+            what = (
+                "the change of all target weights"
+                if self.schedule.dense
+                else "an adapter that changes nothing"
+            )
+            rank_zero_warn(f"The schedule has not chosen weights yet: {what} is written.")
         targets = self.target_modules
         config = {
-            "base_model_name_or_path": getattr(self._model.config, "_name_or_path", None),
+            "base_model_name_or_path": getattr(getattr(self._model, "config", None), "_name_or_path", None),
             "density": self.density,
             "structure": self.structure,
             "block": self.block,

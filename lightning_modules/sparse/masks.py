@@ -39,7 +39,7 @@ def select(scores: Tensor, density: float, structure: Structure = "element", blo
     tensor([0, 2])
     """
     check_density(density)
-    units = unit_sums(check_scores(scores), structure, block)
+    units = check_scores(unit_sums(scores.float(), structure, block))
     chosen = torch.zeros(units.numel(), dtype=torch.bool, device=units.device)
     chosen[top(units.flatten(), budget(density, units.numel()))] = True
     return elements(chosen.view(units.shape), scores.shape, structure, block)
@@ -66,7 +66,9 @@ def select_across(
         ValueError: As `select`, naming the weight.
     """
     check_density(density)
-    sums = {name: unit_sums(check_scores(one, name), structure, block) for name, one in scores.items()}
+    sums = {
+        name: check_scores(unit_sums(one.float(), structure, block), name) for name, one in scores.items()
+    }
     sizes = {
         name: unit_sums(torch.ones_like(one, dtype=torch.float32), structure, block).flatten()
         for name, one in scores.items()
@@ -110,14 +112,13 @@ def replace(
     present = torch.zeros(scores.numel(), dtype=torch.float32, device=scores.device)
     present[indices.long()] = 1
     chosen = (unit_sums(present.view(scores.shape), structure, block) > 0).flatten()
-    growing = unit_sums(check_scores(scores), structure, block)
+    growing = check_scores(unit_sums(scores.float(), structure, block))
     count = min(math.floor(round(share * int(chosen.sum()), 6)), int((~chosen).sum()))
     if count > 0:
         sizes = unit_sums(magnitudes, structure, block).flatten()
-        dropped = top((-sizes).masked_fill(~chosen, -math.inf), count)
-        grown = top(growing.flatten().masked_fill(chosen, -math.inf), count)
-        chosen[dropped] = False
-        chosen[grown] = True
+        held, free = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+        chosen[held[top(-sizes[held], count)]] = False
+        chosen[free[top(growing.flatten()[free], count)]] = True
     return elements(chosen.view(growing.shape), scores.shape, structure, block)
 
 
@@ -135,7 +136,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     """Return scores as float32.
 
     Raises:
-        ValueError: If one is NaN.
+        ValueError: If one is NaN, as the sum of a unit that holds both infinities is.
     """
     scores = scores.float()
     if missing := int(scores.isnan().sum()):

@@ -52,3 +52,6 @@ class SparseAdapterModule(SFTModule):
             adapter=SparseAdapter(target_modules, density, score, structure, block, budget, schedule),
             **kwargs,
         )
+        # A checkpoint rebuilds it from the arguments above; it is none of its own.
+        self.hparams.pop("adapter", None)
+        self.left_out = [name for name in self.left_out if name != "adapter"]

@@ -163,7 +163,7 @@ class GrowAndDrop(Schedule):
 
     def over(self, step: int, epoch: int) -> bool:
         """Return whether no replacement is left."""
-        return step + self.every >= self.steps if step % self.every == 0 else step >= self.steps
+        return step >= (self.steps - 1) // self.every * self.every
 
     def replaced(self, step: int) -> float:
         """Return the share at this step."""

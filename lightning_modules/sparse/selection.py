@@ -86,7 +86,7 @@ class Selection:
         for weight in self.weights:
             score = self._score(weight, self._gradient(weight))
             if weight.name in self.sums:
-                score += self.sums[weight.name]
+                score += self.sums[weight.name].to(score.device)  # a checkpoint's may be on the CPU
             self.sums[weight.name] = score
 
     def after_step(self, optimizer: Optimizer, epoch: int) -> None:
@@ -188,4 +188,4 @@ class Selection:
         known = self.dropped.get(weight.name)
         if known is None:
             known = torch.zeros(weight.weight.numel(), device=weight.weight.device)
-        return known.index_copy(0, weight.indices.long(), weight.values.detach())
+        return known.to(weight.weight.device).index_copy(0, weight.indices.long(), weight.values.detach())

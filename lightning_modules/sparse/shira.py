@@ -21,6 +21,7 @@ from lightning_modules.sparse.storage import (
     SparseFolder,
     check_delta,
     fingerprint,
+    read_json,
     write_sparse,
 )
 
@@ -85,7 +86,9 @@ def import_shira(folder: str | Path, output: str | Path, model: nn.Module) -> No
     source = Path(folder)
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} is no adapter folder: it has no {CONFIG}.")
-    config: dict[str, Any] = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(source / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{source / CONFIG} describes no adapter.")
     if config.get("peft_type") != "SHIRA":
         raise ValueError(f"{source} is no SHiRA adapter: its peft_type is {config.get('peft_type')!r}.")
     try:

@@ -124,7 +124,7 @@ class SparseFolder:
                     f"{self.folder} changes {name} of shape {self.shape(name)}; in this model it is "
                     f"{tuple(weights[name].shape)}. {self._base()}"
                 )
-            expected = self.config.get("fingerprint", {}).get(name)
+            expected = (self.config.get("fingerprint") or {}).get(name)
             if expected is not None and fingerprint(weights[name]) != expected:
                 raise ValueError(
                     f"{self.folder} was trained on other weights: {name} differs in this model. "
@@ -169,16 +169,30 @@ def fingerprint(weight: Tensor) -> str:
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: If it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is no sparse adapter: it has no {CONFIG}.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+    config: dict[str, Any] = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{path} describes no sparse adapter: its peft_type is not {PEFT_TYPE}.")
-    if not isinstance(config.get("shapes"), dict):
+    shapes = config.get("shapes")
+    if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
         raise ValueError(f"{path} names no shapes. Export the adapter again.")
     return config
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(side) is int and side >= 0 for side in value)

@@ -111,9 +111,15 @@ class SparseWeight:
         self.write()
         return resized
 
-    def write(self) -> None:
-        """Write base + values into the weight, where values have changed since the last time."""
-        if self.indices is None or self._off or self._written == self.values._version:
+    def write(self, *, always: bool = False) -> None:
+        """Write base + values into the weight, where values have changed since the last time.
+
+        Args:
+            always: Do not ask autograd, which does not see what is written through `.data` or by a kernel.
+        """
+        if self.indices is None or self._off:
+            return
+        if not always and self._written == self.values._version:
             return
         self._scatter(self.weight, self._chosen())
         self._written = self.values._version
@@ -170,6 +176,11 @@ class SparseWeight:
             return _All.apply(self.values, self)  # type: ignore[no-untyped-call, no-any-return]
         return _Chosen.apply(self.values, weight, self)  # type: ignore[no-untyped-call, no-any-return]
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether a forward pass now trains all entries."""
+        return self.indices is None and not self._off and torch.is_grad_enabled()
+
     def _sum(self) -> Tensor:
         weight = self.weight
         return (weight + self.values.detach().view(weight.shape)).to(weight.dtype)
@@ -185,29 +196,6 @@ class SparseWeight:
         if self.idle:
             return torch.zeros_like(self.values)
         return gradient.reshape(-1).index_select(0, self.indices).float()
-
-    def recompute(self, compute: Any) -> Tensor:
-        """Run `compute(weight)`; where the weight is a sum, recompute it in the backward pass.
-
-        Args:
-            compute: Takes the weight, returns the output.
-
-        Returns:
-            The output.
-        """
-        weight = self.effective()
-        if self.indices is not None or self._off or not torch.is_grad_enabled():
-            return compute(weight)  # type: ignore[no-any-return]
-
-        def pack(tensor: Tensor) -> Any:
-            is_weight = tensor.data_ptr() == weight.data_ptr() and tensor.numel() == weight.numel()
-            return (tensor.shape, tensor.stride()) if is_weight else tensor
-
-        def unpack(packed: Any) -> Tensor:
-            return packed if isinstance(packed, Tensor) else self._sum().as_strided(*packed)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return compute(weight)  # type: ignore[no-any-return]
 
 
 class _Chosen(torch.autograd.Function):
@@ -236,12 +224,40 @@ class _All(torch.autograd.Function):
         return ctx.owner.gather(gradient), None
 
 
+class _AllLinear(torch.autograd.Function):
+    """A linear layer with weight + values, which the backward pass adds again, so that no sum is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, owner: SparseWeight) -> Tensor:  # noqa: ARG004
+        ctx.owner = owner
+        ctx.save_for_backward(x)
+        return F.linear(x, owner._sum().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            gradient @ ctx.owner._sum().to(x.dtype) if needs_x else None,
+            ctx.owner.gather(rows.T @ x.flatten(0, -2)),
+            rows.sum(0) if needs_bias else None,
+            None,
+        )
+
+
 def _linear(owner: SparseWeight, module: nn.Linear, x: Tensor) -> Tensor:
-    return owner.recompute(lambda weight: F.linear(x, weight, module.bias))
+    if not owner.trains_all:
+        return F.linear(x, owner.effective(), module.bias)
+    bias: Tensor | None = module.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return _AllLinear.apply(x, owner.values, bias, owner)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _embedding(owner: SparseWeight, module: nn.Embedding, ids: Tensor) -> Tensor:
-    return owner.recompute(lambda weight: F.embedding(ids, weight, module.padding_idx))
+    return F.embedding(ids, owner.effective(), module.padding_idx)
 
 
 # By the forward function, not the class: a quantised layer is a Linear whose forward is another one.
@@ -249,17 +265,13 @@ _FORWARDS: dict[Any, Any] = {nn.Linear.forward: _linear, nn.Embedding.forward: _
 
 
 def supported(module: nn.Module) -> bool:
-    """Return whether a module's use of its weight is known here."""
+    """Return whether a module's use of its weight is known here, and the weight can be written in place."""
     weight = getattr(module, "weight", None)
-    plain = not isinstance(module, nn.Embedding) or (
-        module.max_norm is None and not module.scale_grad_by_freq
-    )
-    return (
-        type(module).forward in _FORWARDS
-        and isinstance(weight, Tensor)
-        and weight.is_floating_point()
-        and plain
-    )
+    if type(module).forward not in _FORWARDS or not isinstance(weight, Tensor):
+        return False
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return False
+    return weight.is_floating_point() and weight.is_contiguous()
 
 
 def _vector(like: Tensor, length: int) -> Tensor:

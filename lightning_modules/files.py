@@ -36,9 +36,12 @@ def complete_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield aside
-        for file in aside.rglob("*"):
+        mask = os.umask(0)
+        os.umask(mask)
+        for file in (aside, *aside.rglob("*")):
+            # mkdtemp and safetensors make what they write private, whatever the user's mask says.
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
             _sync(file)
-        aside.chmod(0o755)  # mkdtemp makes it private
         if not shared:
             set_aside(target)
         try:

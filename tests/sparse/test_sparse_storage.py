@@ -53,6 +53,9 @@ def test_what_is_written_is_read_bit_for_bit(made):
         assert torch.equal(read.values, delta.values)
         assert delta.values.any()
         assert torch.equal(read.dense(), delta.dense())
+    plain = folder.parent / "plain"
+    plain.touch()
+    assert {file.stat().st_mode for file in folder.iterdir()} == {plain.stat().st_mode}, "others can read it"
     assert source.config["density"] == 0.03
     assert source.config["target_modules"] == "all-linear"
     with pytest.raises(ValueError, match="has no shape"):

@@ -7,7 +7,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_modules.sparse.weight import supported
+from lightning_modules.sparse.layers import supported
 
 
 def find_targets(model: nn.Module, target_modules: list[str] | str) -> list[str]:

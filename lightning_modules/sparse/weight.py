@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_modules.sparse.delta import SparseDelta
+from lightning_modules.sparse.layers import FORWARDS, with_gradient
 
 VALUES, INDICES, BASE = "sparse_values", "sparse_indices", "sparse_base"
 
@@ -38,6 +37,7 @@ class SparseWeight:
         observing: Add up gradients of the whole weight; those of all entries are in `values` anyway.
         observed: Their sum since it was last taken, float32; None where there was none.
         idle: Values get zero gradients: nothing was chosen yet.
+        line_dim: 0 where whole rows are trained, 1 where whole columns are, else None.
     """
 
     def __init__(self, name: str, weight: nn.Parameter, users: Sequence[nn.Module]) -> None:
@@ -47,6 +47,7 @@ class SparseWeight:
         self.owner = self.users[0]
         self.observing = False
         self.idle = False
+        self.line_dim: int | None = None
         self.observed: Tensor | None = None
         self._off = 0
         self._written: int | None = None
@@ -54,7 +55,7 @@ class SparseWeight:
         self.owner.register_buffer(INDICES, torch.empty(0, dtype=torch.int32, device=weight.device))
         self.owner.register_buffer(BASE, _vector(weight, 0).to(weight.dtype), persistent=False)
         for user in self.users:
-            user.forward = partial(_FORWARDS[type(user).forward], self, user)
+            user.forward = partial(FORWARDS[type(user).forward], self, user)
 
     # ------------------------------------------------------------------ state
 
@@ -108,6 +109,7 @@ class SparseWeight:
             indices = indices.to(weight.device, torch.int32)
             setattr(self.owner, INDICES, indices)
             setattr(self.owner, BASE, weight.flatten().index_select(0, indices))
+        self.line_dim = None if indices is None else _line_dim(indices, weight.shape)
         self.write()
         return resized
 
@@ -167,23 +169,37 @@ class SparseWeight:
 
     def effective(self) -> Tensor:
         """Return the weight to compute with; its gradient reaches `values`."""
-        weight = self.weight
-        if self._off or (self.indices is not None and not torch.is_grad_enabled()):
-            return weight
-        if self.indices is None:
-            if not torch.is_grad_enabled():
-                return self._sum()
-            return _All.apply(self.values, self)  # type: ignore[no-untyped-call, no-any-return]
-        return _Chosen.apply(self.values, weight, self)  # type: ignore[no-untyped-call, no-any-return]
+        if self.is_off or not (self.trains_all or torch.is_grad_enabled()):
+            return self.weight
+        if not torch.is_grad_enabled():
+            return self.sum()
+        return with_gradient(self)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the weight is the base weight for now."""
+        return self._off > 0
 
     @property
     def trains_all(self) -> bool:
-        """Whether a forward pass now trains all entries."""
-        return self.indices is None and not self._off and torch.is_grad_enabled()
+        """Whether all entries are trained."""
+        return self.indices is None
 
-    def _sum(self) -> Tensor:
+    def sum(self) -> Tensor:
+        """Return base + values while all entries are trained."""
         weight = self.weight
         return (weight + self.values.detach().view(weight.shape)).to(weight.dtype)
+
+    @property
+    def lines(self) -> Tensor | None:
+        """Numbers of the rows or columns that are trained as a whole, where nothing else needs a gradient."""
+        if self.line_dim is None or self.idle or self.observing:
+            return None
+        assert self.indices is not None
+        rows, columns = self.weight.shape
+        if self.line_dim == 0:
+            return self.indices[::columns] // columns
+        return self.indices[: len(self.indices) // rows]
 
     def gather(self, gradient: Tensor) -> Tensor:
         """Return the gradient of `values` from that of the weight; keep the whole one if it is observed."""
@@ -198,81 +214,18 @@ class SparseWeight:
         return gradient.reshape(-1).index_select(0, self.indices).float()
 
 
-class _Chosen(torch.autograd.Function):
-    """Hands out the weight as it is; its gradient is gathered at the chosen entries."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, owner: SparseWeight) -> Tensor:  # noqa: ARG004
-        ctx.owner = owner
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.owner.gather(gradient), None, None
-
-
-class _All(torch.autograd.Function):
-    """Hands out weight + values."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, owner: SparseWeight) -> Tensor:  # noqa: ARG004
-        ctx.owner = owner
-        return owner._sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.owner.gather(gradient), None
-
-
-class _AllLinear(torch.autograd.Function):
-    """A linear layer with weight + values, which the backward pass adds again, so that no sum is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, owner: SparseWeight) -> Tensor:  # noqa: ARG004
-        ctx.owner = owner
-        ctx.save_for_backward(x)
-        return F.linear(x, owner._sum().to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        needs_x, _, needs_bias, _ = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
-        return (
-            gradient @ ctx.owner._sum().to(x.dtype) if needs_x else None,
-            ctx.owner.gather(rows.T @ x.flatten(0, -2)),
-            rows.sum(0) if needs_bias else None,
-            None,
-        )
-
-
-def _linear(owner: SparseWeight, module: nn.Linear, x: Tensor) -> Tensor:
-    if not owner.trains_all:
-        return F.linear(x, owner.effective(), module.bias)
-    bias: Tensor | None = module.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    return _AllLinear.apply(x, owner.values, bias, owner)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _embedding(owner: SparseWeight, module: nn.Embedding, ids: Tensor) -> Tensor:
-    return F.embedding(ids, owner.effective(), module.padding_idx)
-
-
-# By the forward function, not the class: a quantised layer is a Linear whose forward is another one.
-_FORWARDS: dict[Any, Any] = {nn.Linear.forward: _linear, nn.Embedding.forward: _embedding}
-
-
-def supported(module: nn.Module) -> bool:
-    """Return whether a module's use of its weight is known here, and the weight can be written in place."""
-    weight = getattr(module, "weight", None)
-    if type(module).forward not in _FORWARDS or not isinstance(weight, Tensor):
-        return False
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
-        return False
-    return weight.is_floating_point() and weight.is_contiguous()
-
-
 def _vector(like: Tensor, length: int) -> Tensor:
     return torch.zeros(length, dtype=torch.float32, device=like.device)
+
+
+def _line_dim(indices: Tensor, shape: torch.Size) -> int | None:
+    """Return 0 if sorted positions are some whole rows, 1 if some whole columns, else None."""
+    if len(shape) != 2 or not 0 < len(indices) < shape.numel():
+        return None
+    rows, columns = shape
+    row, column = indices // columns, indices % columns
+    if len(indices) % columns == 0 and bool((row.view(-1, columns) == row.view(-1, columns)[:, :1]).all()):
+        return 0
+    if len(indices) % rows == 0 and bool((column.view(rows, -1) == column.view(rows, -1)[:1]).all()):
+        return 1
+    return None

@@ -234,26 +234,46 @@ def best(rows: list[dict], kind: str) -> float:
 
 
 def report(rows: list[dict]) -> str:
-    """The table of the results file."""
-    lines = [
-        "| kind | learning rate | trained | single task | merged by | merged |",
-        "|---|---|---|---|---|---|",
+    """The table of the results file: means over tasks, and the difference to LoRA task by task."""
+    titles = [
+        "kind",
+        "learning rate",
+        "trained",
+        "single task",
+        "minus LoRA",
+        "merged by",
+        "merged",
+        "minus LoRA",
     ]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     [base] = [row["test"] for row in rows if row.get("kind") == "base"]
-    lines.append(f"| base model | | 0 | {interval(list(base.values()))} | | |")
+    lines.append(f"| base model | | 0 | {interval(list(base.values()))} | | | | |")
+    lora = single_task(rows, "LoRA")
+    [lora_merged] = [
+        row["test"] for row in rows if row.get("kind") == "LoRA" and row.get("method") == "average"
+    ]
     for kind in KINDS:
-        own = [row for row in rows if row.get("kind") == kind]
-        if not any("method" in row for row in own):
-            continue
-        lr = best(rows, kind)
-        single = [row for row in own if row.get("lr") == lr and "task" in row]
-        for row in (row for row in own if "method" in row):
-            accuracies = interval([row["test"][task] for task in TASKS])
-            lines.append(
-                f"| {kind} | {lr:g} | {single[0]['trained']} | {interval([r['test'] for r in single])} "
-                f"| {row['method']} | {accuracies} |"
-            )
+        for row in (row for row in rows if row.get("kind") == kind and "method" in row):
+            single = single_task(rows, kind)
+            trained = next(r["trained"] for r in rows if r.get("kind") == kind and "trained" in r)
+            cells = [kind, f"{best(rows, kind):g}", str(trained), interval(list(single.values()))]
+            cells += [difference(single, lora), row["method"], interval(list(row["test"].values()))]
+            lines.append("| " + " | ".join([*cells, difference(row["test"], lora_merged)]) + " |")
     return "\n".join(lines)
+
+
+def single_task(rows: list[dict], kind: str) -> dict[str, float]:
+    """Test accuracy of each task's own expert at the best learning rate."""
+    lr = best(rows, kind)
+    return {
+        row["task"]: row["test"]
+        for row in rows
+        if row.get("kind") == kind and row.get("lr") == lr and "task" in row
+    }
+
+
+def difference(ours: dict[str, float], others: dict[str, float]) -> str:
+    return interval([ours[task] - others[task] for task in TASKS])
 
 
 def interval(values: list[float]) -> str:

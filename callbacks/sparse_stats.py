@@ -11,11 +11,9 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as lightning
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -36,11 +34,6 @@ from lightning_modules.sparse.stats import (
 )
 from lightning_modules.sparse.storage import SparseFolder
 from lightning_modules.sparse.weight import SparseWeight
-
-if TYPE_CHECKING:
-    pass
-
-_Matrix = npt.NDArray[np.float64]
 
 
 class SparseStats(lightning.Callback):

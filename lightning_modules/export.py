@@ -17,7 +17,7 @@ from lightning_modules.files import complete_folder
 from lightning_modules.sources import check_model, resolve_model
 from lightning_modules.sparse.expert import SparseExpert
 from lightning_modules.sparse.shira import export_shira, import_shira
-from lightning_modules.sparse.storage import PEFT_TYPE
+from lightning_modules.sparse.storage import PEFT_TYPE, read_json
 
 if TYPE_CHECKING:
     from lightning_modules.causal_lm import CausalLMModule
@@ -149,14 +149,16 @@ def export_adapter(
         raise ValueError(f"adapter={adapter!r} is no adapter folder: it has no adapter_config.json.")
     if target.exists():
         raise ValueError(f"output={output!r} exists already. Give a new folder, or remove that one.")
-    facts = json.loads(config.read_text(encoding="utf-8"))
+    facts = read_json(config)
+    if not isinstance(facts, dict):
+        raise ValueError(f"{config} describes no adapter.")
     base = base or facts.get("base_model_name_or_path")
-    if not base:
+    if to != "shira" and not (base and isinstance(base, str)):
         raise ValueError(f"adapter={adapter!r} does not name its base model. Give it with --base.")
     if to == "shira":
         export_shira(source, target)
     elif to == "sparse":
-        import_shira(source, target, _load_base(base))
+        import_shira(source, target, _load_base(base), base)
     else:
         model = _load_base(base)
         if facts.get("peft_type") == PEFT_TYPE:
@@ -165,7 +167,7 @@ def export_adapter(
             model = PeftModel.from_pretrained(model, source).merge_and_unload()
         with complete_folder(target) as folder:
             model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(resolve_model(base)).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(resolve_model(str(base))).save_pretrained(folder)
     what = {
         "model": "the merged model, in float32,",
         "shira": "a SHiRA adapter",
@@ -174,5 +176,5 @@ def export_adapter(
     print(f"Wrote {what} to {target}")  # noqa: T201
 
 
-def _load_base(base: str) -> Any:
+def _load_base(base: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve_model(base), dtype=torch.float32)

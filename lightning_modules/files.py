@@ -31,9 +31,15 @@ def complete_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
 
     Yields:
         The folder to write into.
+
+    Raises:
+        OSError: If no folder can be made there.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise OSError(f"{target} cannot be made: {error}. Name a folder that can be written.") from None
     try:
         yield aside
         mask = os.umask(0)

@@ -16,7 +16,7 @@ from lightning_modules.sparse.expert import SparseExpert
 
 RECIPES = sorted(file.stem for file in (REPOSITORY / "configs" / "sparse").glob("*.yaml"))
 SOONER = {
-    "paper": ["--model.schedule.every", "2", "--model.score", "lightning_modules.sparse.scores.sensitivity"],
+    "paper": ["--model.schedule.every", "2"],
     "grow_and_drop": ["--model.schedule.every", "2", "--model.schedule.steps", "5"],
 }
 

@@ -10,7 +10,7 @@ from lightning_modules.merging.elementwise import (
     task_arithmetic,
     ties,
 )
-from lightning_modules.merging.lora import LoraFactors, as_lora, average_factors, lora_delta
+from lightning_modules.merging.lora import LoraFactors, as_lora, average_factors, factor_average, lora_delta
 from lightning_modules.merging.spectral import iso_c, tsv_m
 from lightning_modules.merging.vectors import Delta, TaskVector
 
@@ -24,6 +24,7 @@ __all__ = [
     "breadcrumbs",
     "consensus",
     "dare",
+    "factor_average",
     "iso_c",
     "lora_delta",
     "overlap_average",

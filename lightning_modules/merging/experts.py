@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_modules.merging.lora import lora_delta
+from lightning_modules.merging.lora import LoraFactors
+from lightning_modules.merging.reading import INDEX, MODEL, model_files, open_tensors, read_object
 from lightning_modules.merging.vectors import Delta
 from lightning_modules.sparse.storage import PEFT_TYPE, SparseFolder
 
 _ADAPTER = "adapter_model.safetensors"
-_MODEL, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _COPY = ".base_layer.weight"  # PEFT adds the frozen weight of a head that has factors
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 # Settings under which B A x scaling is not all that a LoRA adapter changes, or not always.
@@ -72,6 +71,14 @@ class Expert(ABC):
             ValueError: If values are not finite.
         """
 
+    def factors(self, name: str) -> LoraFactors:
+        """Read the LoRA factors of one of `names`.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        raise ValueError(f"{self.folder} has no LoRA factors of {name}. Take a method that merges changes.")
+
 
 class SparseExpert(Expert):
     """A sparse adapter, as `write_sparse` writes it."""
@@ -81,15 +88,22 @@ class SparseExpert(Expert):
     def __init__(self, folder: Path) -> None:
         self._file = SparseFolder(folder)
         super().__init__(folder, self._file.config.get("base_model_name_or_path") or None)
+        if not self._file.names:
+            raise ValueError(f"experts: {folder} changes nothing: it names no weights.")
 
     def fit(self, model: nn.Module) -> None:
         """Check shapes and fingerprints."""
         self._file.check_base(model)
-        self.names = self._file.names
+        # A tied weight has several names; experts may use different ones.
+        first = {id(weight): name for name, weight in model.named_parameters()}
+        self._own = {first[id(model.get_parameter(name))]: name for name in self._file.names}
+        if len(self._own) < len(self._file.names):
+            raise ValueError(f"{self.folder} changes one tied weight under several names. Export it again.")
+        self.names = list(self._own)
 
     def delta(self, name: str) -> Delta:
         """Read one sparse delta."""
-        return self._file.delta(name)
+        return self._file.delta(self._own[name])
 
 
 class LoraExpert(Expert):
@@ -99,8 +113,10 @@ class LoraExpert(Expert):
         super().__init__(folder, config.get("base_model_name_or_path") or None)
         _refuse_beyond_lora(folder, config)
         self._config = config
-        self._tensors = _open(folder / _ADAPTER)
+        self._tensors = open_tensors(folder / _ADAPTER)
         keys = set(self._tensors.keys())
+        if not keys:
+            raise ValueError(f"experts: {folder / _ADAPTER} changes nothing: it holds no tensors.")
         self._keys: dict[str, str] = {}
         self._transposed: set[str] = set()
         for key in sorted(keys):
@@ -137,7 +153,19 @@ class LoraExpert(Expert):
         self.names = list(self._keys)
 
     def delta(self, name: str) -> Tensor:
-        """Multiply the factors of one weight; patterns are resolved as PEFT does."""
+        """Multiply the factors of one weight."""
+        factors = self._factors(name)
+        change = factors.B @ factors.A * factors.scaling
+        if name in self._transposed:
+            change = change.T
+        return _finite(change, f"{self.folder / _ADAPTER}: {name}")
+
+    def factors(self, name: str) -> LoraFactors:
+        """Read the factors of one weight, which is no layer of the kind of GPT-2, whose weight is transposed."""
+        return super().factors(name) if name in self._transposed else self._factors(name)
+
+    def _factors(self, name: str) -> LoraFactors:
+        """Read the factors of one weight; patterns are resolved as PEFT does."""
         from peft.utils.other import get_pattern_key
 
         stem = self._keys[name]
@@ -145,10 +173,9 @@ class LoraExpert(Expert):
         alphas = self._config.get("alpha_pattern") or {}
         module = name.removesuffix(".weight")
         alpha = alphas.get(get_pattern_key(alphas.keys(), module), self._config["lora_alpha"])
-        change = lora_delta(A, B, alpha, A.shape[0], bool(self._config.get("use_rslora")))
-        if name in self._transposed:
-            change = change.T
-        return _finite(change, f"{self.folder / _ADAPTER}: {name}")
+        rank = len(A)
+        scaling = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        return LoraFactors(A.float(), B.float(), scaling)
 
 
 class ModelExpert(Expert):
@@ -156,23 +183,36 @@ class ModelExpert(Expert):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, None)
-        self._files = _model_files(folder)
-        opened = {file: _open(folder / file) for file in sorted(set(self._files.values()))}
+        self._files = model_files(folder)
+        opened = {file: open_tensors(folder / file) for file in sorted(set(self._files.values()))}
         self._tensors = {name: opened[file] for name, file in self._files.items()}
         held = {file: set(tensors.keys()) for file, tensors in opened.items()}
         for name, file in self._files.items():
             if name not in held[file]:
-                raise ValueError(f"{folder / file} lacks {name}, which {_INDEX} promises. Copy it again.")
+                raise ValueError(f"{folder / file} lacks {name}, which {INDEX} promises. Copy it again.")
         self._base: Mapping[str, Tensor] = {}
 
     def fit(self, model: nn.Module) -> None:
         """Check names and shapes; the base weights are read at `delta`."""
         weights = dict(model.named_parameters())
         aliases = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers())
+        # Older files hold the frequencies of rotary positions, which are no weights.
+        held = {name for name in self._tensors if not name.endswith("rotary_emb.inv_freq")}
+        if unknown := sorted(held - aliases.keys() - buffers.keys()):
+            raise ValueError(
+                f"{self.folder} holds {unknown[0]}, which the base model does not have. It is another architecture."
+            )
         for name, weight in weights.items():
             if name not in self._tensors:
                 raise ValueError(f"{self.folder} lacks {name} of the base model. It is another architecture.")
-            _check_shape(self.folder, name, tuple(self._tensors[name].get_slice(name).get_shape()), weights)
+            tensor = self._tensors[name].get_slice(name)
+            if tensor.get_dtype() not in ("F64", "F32", "BF16", "F16"):
+                raise ValueError(
+                    f"{self.folder} holds {name} as {tensor.get_dtype()}, quantised. Give the model in bfloat16, "
+                    "float16 or float32."
+                )
+            _check_shape(self.folder, name, tuple(tensor.get_shape()), weights)
             for alias in self._tensors.keys() & (aliases.keys() - weights.keys()):
                 if aliases[alias] is weight and not self._read(alias).equal(self._read(name)):
                     raise ValueError(
@@ -208,22 +248,22 @@ def open_expert(folder: str) -> Expert:
     if not path.is_dir():
         raise ValueError(f"experts: there is no folder {folder!r} (looked for {path.absolute()}).")
     if (path / "adapter_config.json").is_file():
-        config = _read_json(path / "adapter_config.json")
+        config = read_object(path / "adapter_config.json")
         kind = config.get("peft_type")
         if kind == PEFT_TYPE:
             return SparseExpert(path)
         if kind == "LORA":
             return LoraExpert(path, config)
         raise ValueError(
-            f"experts: {path} holds an adapter of kind {kind}. Sparse and LoRA adapters can be merged; any "
-            "other one after quiver export, as a model."
+            f"experts: {path} holds an adapter of kind {kind}. Sparse and LoRA adapters can be merged; a SHIRA "
+            "one after quiver export --to sparse, any other one after quiver export, as a model."
         )
     if (path / "config.json").is_file():
         return ModelExpert(path)
     present = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
     raise ValueError(
         f"experts: {path} is no expert: it holds {present}. Expected adapter_config.json with {_ADAPTER}, or "
-        f"config.json with {_MODEL}."
+        f"config.json with {MODEL}."
     )
 
 
@@ -240,40 +280,6 @@ def _refuse_beyond_lora(folder: Path, config: Mapping[str, Any]) -> None:
         )
     if not isinstance(config.get("lora_alpha"), int | float):
         raise ValueError(f"{folder / 'adapter_config.json'} names no lora_alpha. Save the adapter again.")
-
-
-def _model_files(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor."""
-    if (folder / _INDEX).is_file():
-        files = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f"{folder / _INDEX} has no weight_map. Save the model again.")
-        return files
-    if not (folder / _MODEL).is_file():
-        raise ValueError(
-            f"experts: {folder} has a config.json, but no weights: neither {_MODEL} nor {_INDEX}. Save the "
-            "model with save_pretrained."
-        )
-    return dict.fromkeys(_open(folder / _MODEL).keys(), _MODEL)
-
-
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing. Save the expert as safetensors, or copy the whole folder.")
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is broken or cut off: {error}. Save or copy it again.") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object.")
-    return content
 
 
 def _check_known(folder: Path, name: str, weights: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ A change of a weight (out, in) of rank r is B A x scaling, A of (r, in) and B of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,29 @@ def average_factors(experts: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:
     A = torch.stack([expert.A.float() for expert in experts]).mean(0)
     B = torch.stack([expert.B.float() * expert.scaling for expert in experts]).mean(0)
     return A, B
+
+
+def factor_average(experts: Sequence[Mapping[str, LoraFactors]]) -> dict[str, Tensor]:
+    """Merge LoRA experts by `average_factors`, weight by weight.
+
+    Args:
+        experts: Factors of each weight that an expert changes. All experts change the same weights.
+
+    Returns:
+        The changes that the averaged factors stand for, float32 (out, in).
+
+    Raises:
+        ValueError: If an expert lacks a weight, or ranks differ.
+    """
+    merged = {}
+    for name in dict.fromkeys(name for expert in experts for name in expert):
+        if missing := [number for number, expert in enumerate(experts, 1) if name not in expert]:
+            raise ValueError(
+                f"{name}: expert {missing[0]} has no factors of it. Average the changes instead."
+            )
+        A, B = average_factors([expert[name] for expert in experts])
+        merged[name] = B @ A
+    return merged
 
 
 def as_lora(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

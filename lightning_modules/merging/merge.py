@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_modules.files import complete_folder
 from lightning_modules.merging.experts import Expert, open_expert
-from lightning_modules.merging.methods import Method, check_options, find_method
+from lightning_modules.merging.methods import METHODS_OF_FACTORS, Method, check_options, find_method
 from lightning_modules.merging.outputs import write_lora, write_model, write_sparse_adapter
 from lightning_modules.merging.vectors import Delta
 from lightning_modules.sources import check_model, resolve_model
@@ -62,7 +62,7 @@ def merge_experts(
 
     Args:
         method: average, overlap_average, sign_consistent_average, task_arithmetic, ties, dare, breadcrumbs,
-            consensus, iso_c, tsv_m, or the dotted path of a function of yours.
+            consensus, iso_c, tsv_m, factor_average, or the dotted path of a function of yours.
         experts: Folders, separated by spaces: sparse adapters, LoRA adapters of PEFT, fine-tuned models.
         output: The folder to make; must not exist.
         base: The base model, as in `model:` of a configuration; by default what the experts name.
@@ -85,6 +85,7 @@ def merge_experts(
         raise ValueError(f"output={output!r} exists already. Give a new folder, or remove that one.")
     _check_output(to, rank, dtype)
     opened = [open_expert(folder) for folder in experts]
+    _check_distinct(opened)
     _check_sparse(to, opened)
     source = base or _common_base(opened)
     place = resolve_model(source)
@@ -92,7 +93,8 @@ def merge_experts(
     for expert in opened:
         expert.fit(model)
     tally = _Tally()
-    changes = _changes(partial(function, **settings), opened, model, tally)
+    of_factors = function in METHODS_OF_FACTORS
+    changes = _changes(partial(function, **settings), opened, model, tally, of_factors=of_factors)
     writers = {
         "model": partial(write_model, dtype=getattr(torch, dtype)),
         "sparse": partial(write_sparse_adapter, source=source),
@@ -111,6 +113,13 @@ def _check_output(to: str, rank: int, dtype: str) -> None:
         raise ValueError(f"rank={rank}: must be at least 1.")
     if to != "model" and dtype != "float32":
         raise ValueError(f"dtype={dtype!r} is for --to model; adapters are written in float32.")
+
+
+def _check_distinct(experts: Sequence[Expert]) -> None:
+    places = [expert.folder.resolve() for expert in experts]
+    for expert, place in zip(experts, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"experts: {expert.folder} is given twice. Leave one out.")
 
 
 def _check_sparse(to: str, experts: Sequence[Expert]) -> None:
@@ -144,7 +153,7 @@ def _whereabouts(base: str) -> str:
 
 
 def _changes(
-    method: Method, experts: Sequence[Expert], model: nn.Module, tally: _Tally
+    method: Method, experts: Sequence[Expert], model: nn.Module, tally: _Tally, *, of_factors: bool
 ) -> Iterator[tuple[str, Tensor | SparseDelta]]:
     """Merge parameter by parameter, in the base model's order, so that only one is in memory."""
     weights = dict(model.named_parameters(remove_duplicate=False))
@@ -153,8 +162,8 @@ def _changes(
     owned = [set(expert.names) for expert in experts]
     started = time.monotonic()
     for number, name in enumerate(names, 1):
-        vectors = [
-            {name: expert.delta(name)} if name in own else {}
+        vectors: list[Any] = [
+            {name: expert.factors(name) if of_factors else expert.delta(name)} if name in own else {}
             for expert, own in zip(experts, owned, strict=True)
         ]
         shape = tuple(weights[name].shape)

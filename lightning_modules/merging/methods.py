@@ -18,13 +18,14 @@ from lightning_modules.merging.elementwise import (
     task_arithmetic,
     ties,
 )
+from lightning_modules.merging.lora import factor_average
 from lightning_modules.merging.spectral import iso_c, tsv_m
 from lightning_modules.merging.vectors import Delta, TaskVector
 
 # (experts) -> merged, its options bound
 Method = Callable[[Sequence[TaskVector]], Mapping[str, Delta]]
 
-METHODS: dict[str, Callable[..., dict[str, Delta]]] = {
+METHODS: dict[str, Callable[..., Mapping[str, Delta]]] = {
     function.__name__: function
     for function in (
         average,
@@ -37,8 +38,11 @@ METHODS: dict[str, Callable[..., dict[str, Delta]]] = {
         consensus,
         iso_c,
         tsv_m,
+        factor_average,
     )
 }
+# These take the LoRA factors of experts; all others take changes.
+METHODS_OF_FACTORS = frozenset({factor_average})
 
 
 def find_method(name: str) -> Callable[..., Mapping[str, Delta]]:
@@ -87,7 +91,10 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
     Raises:
         ValueError: If it does not know one, lacks one, or a default is a number and the value is not.
     """
-    known = dict(list(inspect.signature(function).parameters.items())[1:])
+    try:
+        known = dict(list(inspect.signature(function).parameters.items())[1:])
+    except ValueError as error:
+        raise ValueError(f"method: {function!r} is no Python function of task vectors.") from error
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
     kinds_of_many = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = {name: one for name, one in known.items() if one.kind not in kinds_of_many}

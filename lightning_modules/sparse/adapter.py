@@ -80,9 +80,11 @@ class SparseAdapter(Adapter):
         self.budget: Literal["layer", "global"] = budget
         self.schedule = schedule
         self.weights: list[SparseWeight] = []
+        self._is_watched = False
 
     # ------------------------------------------------------------------ the seam
 
+    @torch.inference_mode(False)
     def attach(self, model: nn.Module) -> nn.Module:
         """Freeze `model` and make the chosen entries of its target weights trainable.
 
@@ -90,14 +92,15 @@ class SparseAdapter(Adapter):
             ValueError: If `target_modules` matches nothing, or something else than linear layers and
                 embeddings, or a score without gradient is NaN or zero everywhere.
         """
-        model.requires_grad_(False)
-        self._model = model
         users = find_users(model, find_targets(model, self.target_modules))
+        self._model = model
+        self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
         self._fingerprint = {name: fingerprint(model.get_parameter(name)) for name in users}
         self.weights = [SparseWeight(name, model.get_parameter(name), found) for name, found in users.items()]
         rule = Rule(self.density, self.score, self.structure, self.block, self.budget, self.schedule)
         self.selection = Selection(self.weights, rule)
-        self._hook = model.register_forward_pre_hook(lambda *_: self.synchronize())
+        self._hook = model.register_forward_pre_hook(self._before_forward)
         try:
             self.selection.start()
         except Exception:
@@ -121,15 +124,33 @@ class SparseAdapter(Adapter):
                 weight.switch_on()
 
     def synchronize(self) -> None:
-        """Write values that have changed into the weights; each forward pass of the model begins with it."""
+        """Write values that have changed into the weights; each forward pass of the model begins with it.
+
+        What was written to `values.data` outside of an optimiser step is not noticed.
+        """
         for weight in self.weights:
             weight.write()
 
+    def _before_forward(self, module: nn.Module, _: Any) -> None:
+        self.synchronize()
+        if not torch.is_grad_enabled():
+            return
+        for weight in self.weights:
+            weight.forget_unmade_step()
+        if module.training and not self._is_watched and not self.selection.is_over:
+            self._is_watched = True  # say it once
+            rank_zero_warn(
+                "No optimiser is watched, so this sparse adapter never chooses its weights. Call "
+                "adapter.watch(optimizer); CausalLMModule.configure_optimizers does it."
+            )
+
     def remove(self) -> None:
-        """Restore the base model bit for bit and let go of it."""
+        """Restore the base model bit for bit and let go of it; what was trainable before is so again."""
         self._hook.remove()
         for weight in self.weights:
             weight.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         self.weights = []
 
     @property
@@ -140,7 +161,15 @@ class SparseAdapter(Adapter):
     # ------------------------------------------------------------------ training
 
     def watch(self, optimizer: Optimizer, epoch: Callable[[], int] = lambda: 0) -> None:
-        """Follow an optimiser: write after its steps, and choose weights when the schedule says so."""
+        """Follow an optimiser: write after its steps, and choose weights when the schedule says so.
+
+        Args:
+            optimizer: Trains the values of all weights.
+            epoch: Returns the number of the running epoch, from 0.
+
+        Raises:
+            ValueError: If it does not train all of them, or values are not float32.
+        """
 
         def before(_: Optimizer, args: Any, kwargs: Any) -> Any:
             # torch hands over what `step` was called with, the optimiser first.
@@ -157,11 +186,14 @@ class SparseAdapter(Adapter):
             rest = {name: value for name, value in kwargs.items() if name != "closure"}
             return (args[0], closure_then_score), rest
 
-        if any(weight.values.dtype != torch.float32 for weight in self.weights):
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if missing := [weight.name for weight in self.weights if id(weight.values) not in trained]:
             raise ValueError(
-                "The values of a sparse adapter must stay float32. Set trainer.precision: 32-true and "
-                "model.dtype: bfloat16 for a bfloat16 base model."
+                f"This optimiser does not train {len(missing)} of {len(self.weights)} weights of the sparse "
+                f"adapter, {missing[0]} first. Give it all parameters that require gradients."
             )
+        self._check_precision()
+        self._is_watched = True
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer, epoch()))
 
@@ -170,7 +202,15 @@ class SparseAdapter(Adapter):
         resized, self.selection.resized = self.selection.resized, False
         return resized
 
+    def _check_precision(self) -> None:
+        if any(weight.values.dtype != torch.float32 for weight in self.weights):
+            raise ValueError(
+                "The values of a sparse adapter must stay float32. Set trainer.precision: 32-true and "
+                "model.dtype: bfloat16 for a bfloat16 base model."
+            )
+
     def _before_step(self, epoch: int) -> None:
+        self._check_precision()
         if self.selection.resized and several_ranks():
             raise RuntimeError(
                 "The choice of weights changed their number, and DDP does not exchange the gradients of the "
@@ -191,10 +231,10 @@ class SparseAdapter(Adapter):
         Returns:
             `<parameter>.values` float32 (K); `<parameter>.indices` int32 (K), absent in a dense phase; what
             the next choice needs: `<parameter>.scores`, `<parameter>.dropped`; and `schedule`: step, whether
-            a choice was made.
+            a choice was made, epoch.
         """
         selection = self.selection
-        state = {_SCHEDULE: torch.tensor([selection.step, int(selection.was_chosen)])}
+        state = {_SCHEDULE: torch.tensor([selection.step, int(selection.was_chosen), selection.epoch])}
         for weight in self.weights:
             state[f"{weight.name}.values"] = weight.values.detach()
             if weight.indices is not None:
@@ -223,18 +263,12 @@ class SparseAdapter(Adapter):
         for weight, (values, indices) in parts.items():
             size = weight.weight.numel()
             check_delta(weight.name, torch.arange(size) if indices is None else indices, values, size)
-            # Blocks at an edge are smaller, and a global budget is spread by scores: only these have a count.
-            present = weight.indices if self.budget == "layer" and self.structure != "block" else None
-            if present is not None and indices is not None and len(indices) != len(present):
-                raise ValueError(
-                    f"The checkpoint trains {len(indices)} entries of {weight.name}, but density={self.density} "
-                    f"with structure={self.structure!r} gives another number. Use the settings of its run."
-                )
+        step, was_chosen, epoch = state[_SCHEDULE].tolist()
+        self.selection.check(parts, step, bool(was_chosen), epoch)
         for weight, (values, indices) in parts.items():
             weight.put(indices, values)
-        step, was_chosen = state[_SCHEDULE].tolist()
         self.selection.step, self.selection.was_chosen = step, bool(was_chosen)
-        self.selection.prepare(0)
+        self.selection.prepare(epoch)
         self.selection.sums = self._per_weight(state, "scores")
         self.selection.dropped = self._per_weight(state, "dropped")
 
@@ -249,11 +283,8 @@ class SparseAdapter(Adapter):
     def write(self, folder: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`."""
         if not self.selection.was_chosen:
-            what = (
-                "the change of all target weights"
-                if self.schedule.dense
-                else "an adapter that changes nothing"
-            )
+            is_dense = any(weight.indices is None for weight in self.weights)
+            what = "the change of all target weights" if is_dense else "an adapter that changes nothing"
             rank_zero_warn(f"The schedule has not chosen weights yet: {what} is written.")
         targets = self.target_modules
         config = {

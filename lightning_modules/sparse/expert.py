@@ -23,7 +23,7 @@ class SparseExpert:
     def __init__(self, folder: str | Path) -> None:
         self.folder = SparseFolder(folder)
         self.deltas = {name: self.folder.delta(name) for name in self.folder.names}
-        self._replaced: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._replaced: list[Tensor] = []
 
     def apply(self, model: nn.Module) -> SparseExpert:
         """Write base + values into the weights of `model`.
@@ -40,17 +40,23 @@ class SparseExpert:
         if self._replaced:
             raise ValueError(f"{self.folder.folder} is in a model already. Call remove() first.")
         self.folder.check_base(model)
+        weights = dict(model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, delta in self.deltas.items():
-                weight = model.get_parameter(name).detach().view(-1)
-                indices = delta.indices.to(weight.device).long()
-                base = weight[indices]
-                weight.index_copy_(0, indices, (base + delta.values.to(weight.device)).to(weight.dtype))
-                self._replaced.append((weight, indices, base))
+                weight = weights[name].detach()
+                indices = delta.indices.to(weight.device)
+                base = weight.flatten().index_select(0, indices)
+                weight.put_(indices.long(), (base + delta.values.to(weight.device)).to(weight.dtype))
+                self._replaced.append(base)
+        self._model = model
         return self
 
     def remove(self) -> None:
         """Restore the base weights bit for bit."""
-        for weight, indices, base in self._replaced:
-            weight.index_copy_(0, indices, base)
+        if not self._replaced:
+            return
+        weights = dict(self._model.named_parameters(remove_duplicate=False))  # it may have moved meanwhile
+        for base, (name, delta) in zip(self._replaced, self.deltas.items(), strict=True):
+            weight = weights[name].detach()
+            weight.put_(delta.indices.to(weight.device).long(), base.to(weight))
         self._replaced = []

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 def supported(module: nn.Module) -> bool:
-    """Return whether a module's use of its weight is known here, and the weight can be written in place."""
+    """Return whether a module's use of its weight is known here, and the weight can be written in place.
+
+    Not so where something else has replaced the module's forward already, another sparse adapter say.
+    """
     weight = getattr(module, "weight", None)
-    if type(module).forward not in FORWARDS or not isinstance(weight, Tensor):
+    if type(module).forward not in FORWARDS or "forward" in vars(module) or not isinstance(weight, Tensor):
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return False
@@ -57,8 +60,7 @@ class _AllLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         weight = ctx.owner.sum().to(x.dtype)
-        gradient_TO = gradient.flatten(0, -2)
-        of_values = ctx.owner.gather(gradient_TO.T @ x.flatten(0, -2))
+        of_values = ctx.owner.gather(_rows(gradient).T @ _rows(x))
         return *_of_input_and_bias(ctx, gradient, weight, of_values), None
 
 
@@ -82,7 +84,7 @@ class _LinesLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, lines_L = ctx.saved_tensors
-        gradient_TO, x_TI = gradient.flatten(0, -2), x.flatten(0, -2)
+        gradient_TO, x_TI = _rows(gradient), _rows(x)
         if ctx.dim == 0:
             gradient_TO = gradient_TO.index_select(1, lines_L)
         else:
@@ -91,10 +93,14 @@ class _LinesLinear(torch.autograd.Function):
         return *_of_input_and_bias(ctx, gradient, weight.to(x.dtype), of_values), None, None, None
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def _of_input_and_bias(ctx: Any, gradient: Tensor, weight: Tensor, of_values: Tensor) -> tuple[Any, ...]:
     needs_x, _, needs_bias, *_ = ctx.needs_input_grad
     of_x = gradient @ weight if needs_x else None
-    of_bias = gradient.flatten(0, -2).sum(0) if needs_bias else None
+    of_bias = _rows(gradient).sum(0) if needs_bias else None
     return of_x, of_values, of_bias
 
 

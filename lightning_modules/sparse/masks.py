@@ -69,18 +69,29 @@ def select_across(
     sums = {
         name: check_scores(unit_sums(one.float(), structure, block), name) for name, one in scores.items()
     }
+    limit = budget(density, sum(one.numel() for one in scores.values()))
+    if structure == "element":
+        ranked = torch.cat([one.flatten() for one in sums.values()])
+        chosen = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
+        chosen[top(ranked, limit)] = True
+        return _elements_of_each(chosen, sums, scores, structure, block)
     sizes = {
         name: unit_sums(torch.ones_like(one, dtype=torch.float32), structure, block).flatten()
         for name, one in scores.items()
     }
     flat_sizes = torch.cat(list(sizes.values()))
     means = torch.cat([one.flatten() for one in sums.values()]) / flat_sizes
-    limit = budget(density, sum(one.numel() for one in scores.values()))
     order = means.argsort(descending=True, stable=True)
     fits = flat_sizes[order].double().cumsum(0) <= limit
     count = max(1, int(fits.sum()))
     chosen = torch.zeros(len(means), dtype=torch.bool, device=means.device)
     chosen[order[:count]] = True
+    return _elements_of_each(chosen, sums, scores, structure, block)
+
+
+def _elements_of_each(
+    chosen: Tensor, sums: Mapping[str, Tensor], scores: Mapping[str, Tensor], structure: Structure, block: int
+) -> dict[str, Tensor]:
     parts = torch.split(chosen, [one.numel() for one in sums.values()])
     return {
         name: elements(part.view(sums[name].shape), scores[name].shape, structure, block)
@@ -97,6 +108,8 @@ def replace(
     block: int = 16,
 ) -> Tensor:
     """Drop the weakest of the chosen units and grow as many new ones (RigL, arXiv 1911.11134, Alg. 1).
+
+    Deviation: units that were just dropped cannot grow at once, where RigL lets them.
 
     Args:
         indices: The present choice, sorted positions.
@@ -120,6 +133,14 @@ def replace(
         chosen[held[top(-sizes[held], count)]] = False
         chosen[free[top(growing.flatten()[free], count)]] = True
     return elements(chosen.view(growing.shape), scores.shape, structure, block)
+
+
+def count_units(indices: Tensor, shape: torch.Size, structure: Structure, block: int) -> tuple[int, int]:
+    """Return how many units sorted positions belong to, and how many there are."""
+    present = torch.zeros(shape.numel(), device=indices.device)
+    present[indices.long()] = 1
+    units = unit_sums(present.view(shape), structure, block)
+    return int(units.count_nonzero()), units.numel()
 
 
 def check_density(density: float) -> None:

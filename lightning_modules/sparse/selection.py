@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_modules.distributed import from_rank_zero, mean_over_ranks
-from lightning_modules.sparse.masks import Structure, replace, select, select_across
+from lightning_modules.sparse.masks import Structure, budget, count_units, replace, select, select_across
 from lightning_modules.sparse.moments import carry_moments, positions, taken
 from lightning_modules.sparse.schedules import Schedule
 from lightning_modules.sparse.scores import Score
@@ -39,6 +39,7 @@ class Selection:
 
     Attributes:
         step: Optimiser steps made.
+        epoch: Epoch of the last one, from 0.
         was_chosen: Whether the schedule has made a choice.
         resized: Whether values became new parameters since this was last set to False.
         sums: Scores that have added up for the next choice, by weight.
@@ -49,6 +50,7 @@ class Selection:
         self.weights = weights
         self.rule = rule
         self.step = 0
+        self.epoch = 0
         self.was_chosen = False
         self.resized = False
         self.sums: dict[str, Tensor] = {}
@@ -78,6 +80,11 @@ class Selection:
         self.resized = False  # nothing knows the parameters yet
         self.prepare(0)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no choice is due any more."""
+        return self.rule.schedule.over(self.step, self.epoch)
+
     def before_step(self, epoch: int) -> None:
         """Score the gradients of the step that is about to be made, if a choice needs them."""
         schedule = self.rule.schedule
@@ -103,6 +110,7 @@ class Selection:
 
     def prepare(self, epoch: int) -> None:
         """Get the weights ready for the next step."""
+        self.epoch = epoch
         schedule = self.rule.schedule
         over = schedule.over(self.step, epoch)
         if over:
@@ -111,6 +119,40 @@ class Selection:
             weight.idle = not (self.was_chosen or schedule.dense)
             weight.observing = not over and schedule.observes(self.step + 1, epoch)
             weight.observed = None
+
+    def check(
+        self, parts: dict[SparseWeight, tuple[Tensor, Tensor | None]], step: int, was_chosen: bool, epoch: int
+    ) -> None:
+        """Check that a saved state is one that this schedule and this budget can be in.
+
+        Args:
+            parts: Values and indices of each weight.
+            step: Optimiser steps made.
+            was_chosen: Whether its schedule had made a choice.
+            epoch: Of the last step.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        rule = self.rule
+        remedy = "Use the settings of the run that wrote it."
+        is_dense = any(indices is None for _, indices in parts.values())
+        if not was_chosen and (is_dense != self.rule.schedule.dense or self.rule.schedule.over(step, epoch)):
+            raise ValueError(
+                f"The checkpoint was written at step {step}, before its schedule chose weights; {self.rule.schedule} "
+                f"would never choose any from there. {remedy}"
+            )
+        if rule.budget == "global" or not was_chosen:
+            return
+        for weight, (_, indices) in parts.items():
+            assert indices is not None
+            shape = weight.weight.shape
+            count, units = count_units(indices, shape, rule.structure, rule.block)
+            if count != budget(rule.density, units):
+                raise ValueError(
+                    f"The checkpoint trains {count} units of {weight.name}, but density={rule.density} with "
+                    f"structure={rule.structure!r} gives {budget(rule.density, units)}. {remedy}"
+                )
 
     def _gradient(self, weight: SparseWeight) -> Tensor:
         """Return the gradient of a whole weight, a mean over ranks."""
@@ -145,7 +187,7 @@ class Selection:
             raise ValueError(
                 f"score={name} is zero everywhere in {len(zero)} of {len(scores)} weights, {zero[0]} first: "
                 "there is nothing to choose by. Scores that multiply with the learned change need a dense "
-                "phase (OneShot, FirstEpochs) whose learning rate is not zero; scores of gradients need "
+                "phase (OneShot, FirstEpochs) of two steps or more with a learning rate; scores of gradients need "
                 "batches with a gradient (schedule batches of at least 1)."
             )
         return scores

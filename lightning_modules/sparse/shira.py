@@ -72,13 +72,14 @@ def export_shira(folder: str | Path, output: str | Path) -> None:
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def import_shira(folder: str | Path, output: str | Path, model: nn.Module) -> None:
+def import_shira(folder: str | Path, output: str | Path, model: nn.Module, base: str | None = None) -> None:
     """Write a PEFT SHiRA adapter as a sparse adapter of ours.
 
     Args:
         folder: A SHiRA adapter.
         output: The folder to make.
         model: The base model it was trained on, because the files of SHiRA name no shapes.
+        base: Its name, where the adapter does not name it.
 
     Raises:
         ValueError: If `folder` is no SHiRA adapter, is broken, or does not fit `model`.
@@ -97,7 +98,7 @@ def import_shira(folder: str | Path, output: str | Path, model: nn.Module) -> No
         raise ValueError(f"{source / TENSORS} is missing, broken or cut off: {error}.") from error
     deltas = dict(_deltas(tensors, source / TENSORS, dict(model.named_parameters(remove_duplicate=False))))
     facts = {
-        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        "base_model_name_or_path": config.get("base_model_name_or_path") or base,
         "fingerprint": {name: fingerprint(model.get_parameter(name)) for name in deltas},
     }
     with complete_folder(Path(output)) as aside:
@@ -117,6 +118,12 @@ def _deltas(
             raise ValueError(f"{file}: {module} lacks shira_indices of shape (2, {len(values)}).")
         if name not in weights or weights[name].dim() != 2:
             raise ValueError(f"{file} changes {name}, which is no matrix of this base model.")
+        users = [other for other, weight in weights.items() if weight is weights[name]]
+        if len(users) > 1:
+            raise ValueError(
+                f"{file} changes {name}, which is one weight under the names {', '.join(users)}: in place it "
+                "would change for all of them, in SHiRA it does not."
+            )
         rows, columns = weights[name].shape
         row, column = places.long()
         if bool((places < 0).any()) or int(row.max()) >= rows or int(column.max()) >= columns:

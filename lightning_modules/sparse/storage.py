@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,13 @@ def fingerprint(weight: Tensor) -> str:
         16 hexadecimal digits.
     """
     flat = weight.detach().flatten()
-    positions = torch.linspace(0, len(flat) - 1, min(_SAMPLE, len(flat)), dtype=torch.float64).long()
-    sample = flat[positions.to(flat.device)].to("cpu", torch.bfloat16)
+    sample = flat[_positions(len(flat)).to(flat.device)].to("cpu", torch.bfloat16)
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
+@lru_cache
+def _positions(length: int) -> Tensor:
+    return torch.linspace(0, length - 1, min(_SAMPLE, length), dtype=torch.float64).long()
 
 
 def read_json(path: Path) -> Any:
@@ -188,6 +193,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
         raise ValueError(f"{path} describes no sparse adapter: its peft_type is not {PEFT_TYPE}.")
+    if not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise ValueError(f"{path}: base_model_name_or_path is no name.")
+    if not isinstance(config.get("fingerprint") or {}, dict):
+        raise ValueError(f"{path}: fingerprint names no weights. Export the adapter again.")
     shapes = config.get("shapes")
     if not isinstance(shapes, dict) or not all(map(_is_shape, shapes.values())):
         raise ValueError(f"{path} names no shapes. Export the adapter again.")

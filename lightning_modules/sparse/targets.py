@@ -25,7 +25,12 @@ def find_targets(model: nn.Module, target_modules: list[str] | str) -> list[str]
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         found = [n for n, module in names.items() if isinstance(module, nn.Linear) and module is not head]
     elif isinstance(target_modules, str):
-        found = [name for name in names if re.fullmatch(target_modules, name)]
+        try:
+            found = [name for name in names if re.fullmatch(target_modules, name)]
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is no regular expression: {error}. {_linears(names)}"
+            ) from error
     else:
         missing = [end for end in target_modules if not any(_ends(name, end) for name in names)]
         if missing:
@@ -37,7 +42,8 @@ def find_targets(model: nn.Module, target_modules: list[str] | str) -> list[str]
         if not supported(names[name]):
             raise ValueError(
                 f"target_modules: {name} is a {type(names[name]).__name__}. Sparse adapters train plain "
-                f"nn.Linear and nn.Embedding weights in floating point. {_linears(names)}"
+                "nn.Linear and nn.Embedding weights in floating point that no other adapter or hook has "
+                f"taken over. {_linears(names)}"
             )
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,10 @@ class SparseWeight:
         self.owner.register_parameter(VALUES, nn.Parameter(_vector(weight, 0)))
         self.owner.register_buffer(INDICES, torch.empty(0, dtype=torch.int32, device=weight.device))
         self.owner.register_buffer(BASE, _vector(weight, 0).to(weight.dtype), persistent=False)
+        self._hooks = [
+            self.owner.register_state_dict_post_hook(partial(SparseWeight._hide, self)),  # type: ignore[no-untyped-call]
+            self.owner.register_load_state_dict_pre_hook(self._refuse),  # type: ignore[no-untyped-call]
+        ]
         for user in self.users:
             user.forward = partial(FORWARDS[type(user).forward], self, user)
 
@@ -144,10 +149,31 @@ class SparseWeight:
     def remove(self) -> None:
         """Restore the base weight bit for bit and take everything off the modules."""
         self._erase()
+        for hook in self._hooks:
+            hook.remove()
         for user in self.users:
             del user.forward
         for name in (VALUES, INDICES, BASE):
             delattr(self.owner, name)
+
+    def _hide(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        """Let the model's own `state_dict`, and so `save_pretrained`, have the changed weight and no more."""
+        for name in (VALUES, INDICES):
+            state.pop(prefix + name, None)
+        if self.trains_all and not self.is_off:
+            for key in [key for key in state if key == prefix + self.weight_name]:
+                state[key] = self.sum()
+
+    def _refuse(self, *_: Any) -> None:
+        raise ValueError(
+            "This model carries a sparse adapter, whose values and indices belong together. Load what was "
+            "learned with adapter.load_state_dict, or base weights after adapter.remove()."
+        )
+
+    def forget_unmade_step(self) -> None:
+        """Drop observed gradients of a step that was not made, whose gradients are gone from the values."""
+        if self.values.grad is None:
+            self.observed = None
 
     def _erase(self) -> None:
         if self._written is not None and not self._off:
@@ -163,7 +189,7 @@ class SparseWeight:
 
     def _scatter(self, weight: Tensor, entries: Tensor) -> None:
         assert self.indices is not None
-        weight.view(-1).index_copy_(0, self.indices.long(), entries)
+        weight.put_(self.indices.long(), entries)
 
     # ------------------------------------------------------------------ forward and backward
 

@@ -1,6 +1,6 @@
 """Measures one training step of sparse adapters beside its peers, swapping of experts, and their size on disk.
 
-    python benchmarks/sparse.py [--rounds 3] [--steps 5]
+    python benchmarks/sparse.py [--rounds 3] [--steps 5] [--methods "quiver sparse" "peft lora r=16"]
 
 SmolLM2-135M in bfloat16, all linear layers, as many trained weights as LoRA with r = 16, AdamW, 8 x 64 tokens.
 Each measurement runs in a process of its own, so that no method inherits the memory of another; rounds alternate
@@ -239,22 +239,31 @@ def in_own_process(*arguments: object) -> dict[str, object]:
     return dict(json.loads(out.splitlines()[-1]))
 
 
-def medians(names: Iterable[str], rounds: int, steps: int) -> dict[str, dict[str, object]]:
-    """Measure methods in turns; print and return medians."""
+def measure_in_turns(names: Iterable[str], rounds: int, steps: int) -> dict[str, list[dict]]:
+    """Measure methods in turns; print medians and return each round's result."""
     found: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, results in found.items():
             results.append(in_own_process("--one", name, "--steps", steps))
-    summary = {}
     for name, results in found.items():
-        summary[name] = {
+        summary = {
             "method": name,
             "seconds": statistics.median(second for result in results for second in result["seconds"]),
             "peak_mb": max(result["peak_mb"] for result in results),
             "trained": results[0]["trained"],
         }
-        print(json.dumps(summary[name]), flush=True)
-    return summary
+        print(json.dumps(summary), flush=True)
+    return found
+
+
+def ratios(ours: list[dict], others: list[dict]) -> tuple[float, float]:
+    """Time, the median of the rounds' ratios, as the machine's speed drifts from round to round; and memory."""
+    times = [
+        statistics.median(one["seconds"]) / statistics.median(other["seconds"])
+        for one, other in zip(ours, others, strict=True)
+    ]
+    memory = max(one["peak_mb"] for one in ours) / max(other["peak_mb"] for other in others)
+    return statistics.median(times), memory
 
 
 def main() -> None:
@@ -262,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--swap", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -274,12 +284,14 @@ def main() -> None:
     packages = ("torch", "transformers", "peft")
     facts = {"threads": os.environ.get("OMP_NUM_THREADS"), "cores": os.cpu_count()}
     print(json.dumps(facts | {name: version(name) for name in packages}))
-    results = medians(METHODS, arguments.rounds, arguments.steps)
-    ours = results["quiver sparse"]
-    for name, other in results.items():
-        time_ratio, memory_ratio = (ours[key] / other[key] for key in ("seconds", "peak_mb"))
-        print(f"quiver sparse / {name}: time {time_ratio:.2f}, memory {memory_ratio:.2f}")
-    medians(DENSE_PHASE, 1, arguments.steps)
+    results = measure_in_turns(arguments.methods, arguments.rounds, arguments.steps)
+    for name, others in results.items():
+        if name != "quiver sparse":
+            time_ratio, memory_ratio = ratios(results["quiver sparse"], others)
+            print(f"quiver sparse / {name}: time {time_ratio:.2f}, memory {memory_ratio:.2f}", flush=True)
+    if arguments.methods != list(METHODS):
+        return
+    measure_in_turns(DENSE_PHASE, 1, arguments.steps)
     print(json.dumps(in_own_process("--swap", 0.01)))
 
 

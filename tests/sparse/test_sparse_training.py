@@ -169,7 +169,7 @@ def check_resume(tiny_model, folder, straight, name, step, module) -> None:
     dense = not any(key.endswith(".indices") for key in middle["state_dict"])
     choice = {"static": 4, "one_shot": 4, "first_epochs": 2, "grow_and_drop": 0}[name]
     if module == "SparseAdapterModule":  # a GRPO step without signal is none for the schedule
-        assert middle["state_dict"]["schedule"].tolist() == [step, int(step >= choice)]
+        assert middle["state_dict"]["schedule"].tolist()[:2] == [step, int(step >= choice)]
         assert dense == (name in ("one_shot", "first_epochs") and step < choice)
     assert any(value.any() for key, value in one["state_dict"].items() if key.endswith(".values"))
 

@@ -81,6 +81,7 @@ class SparseAdapter(Adapter):
         self.schedule = schedule
         self.weights: list[SparseWeight] = []
         self._is_watched = False
+        self._has_warned = False
 
     # ------------------------------------------------------------------ the seam
 
@@ -137,8 +138,8 @@ class SparseAdapter(Adapter):
             return
         for weight in self.weights:
             weight.forget_unmade_step()
-        if module.training and not self._is_watched and not self.selection.is_over:
-            self._is_watched = True  # say it once
+        if module.training and not (self._is_watched or self._has_warned or self.selection.is_over):
+            self._has_warned = True
             rank_zero_warn(
                 "No optimiser is watched, so this sparse adapter never chooses its weights. Call "
                 "adapter.watch(optimizer); CausalLMModule.configure_optimizers does it."
@@ -262,7 +263,10 @@ class SparseAdapter(Adapter):
         }
         for weight, (values, indices) in parts.items():
             size = weight.weight.numel()
-            check_delta(weight.name, torch.arange(size) if indices is None else indices, values, size)
+            if indices is not None:
+                check_delta(weight.name, indices, values, size)
+            elif len(values) != size:
+                raise ValueError(f"{weight.name}: {len(values)} values for a weight of {size} entries.")
         step, was_chosen, epoch = state[_SCHEDULE].tolist()
         self.selection.check(parts, step, bool(was_chosen), epoch)
         for weight, (values, indices) in parts.items():

@@ -137,9 +137,13 @@ class Selection:
         rule = self.rule
         remedy = "Use the settings of the run that wrote it."
         is_dense = any(indices is None for _, indices in parts.values())
-        if not was_chosen and (is_dense != self.rule.schedule.dense or self.rule.schedule.over(step, epoch)):
+        if was_chosen and is_dense:
             raise ValueError(
-                f"The checkpoint was written at step {step}, before its schedule chose weights; {self.rule.schedule} "
+                "The checkpoint lacks the indices of a choice that it says was made. It is damaged."
+            )
+        if not was_chosen and (is_dense != rule.schedule.dense or rule.schedule.over(step, epoch)):
+            raise ValueError(
+                f"The checkpoint was written at step {step}, before its schedule chose weights; {rule.schedule} "
                 f"would never choose any from there. {remedy}"
             )
         if rule.budget == "global" or not was_chosen:
@@ -200,7 +204,6 @@ class Selection:
             return {
                 w.name: replace(w.delta.indices, w.delta.dense().abs(), scores[w.name], share, *units)
                 for w in self.weights
-                if w.name in scores
             }
         if rule.budget == "global":
             return select_across(scores, rule.density, *units)

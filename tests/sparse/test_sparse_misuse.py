@@ -193,3 +193,13 @@ def test_a_resumed_run_knows_its_epoch(tiny_model):
 def test_a_broken_expression_is_named(tiny_model):
     with pytest.raises(ValueError, match=r"target_modules='\(q_proj' is no regular expression"):
         SparseAdapter("(q_proj").attach(load(tiny_model))
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_model):
+    _, adapter, _ = setup(tiny_model)
+    state = {name: tensor for name, tensor in adapter.state_dict().items() if not name.endswith("indices")}
+    with pytest.raises(ValueError, match=r"\d+ values for a weight of \d+ entries"):
+        adapter.load_state_dict(state)
+    full = {w.name + ".values": torch.zeros(w.weight.numel()) for w in adapter.weights}
+    with pytest.raises(ValueError, match="lacks the indices of a choice"):
+        adapter.load_state_dict({**full, "schedule": state["schedule"]})

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from lightning.pytorch import LightningDataModule
 
-from datamodules.batches import TextBatch
+from datamodules.batches import Prompt, TextBatch
 from datamodules.loader import EvalLoader, TextLoader, TrainLoader
 from datamodules.rows import ColumnarRows, ParsedRow, RowFormat, Rows
 from datamodules.splits import permutation
@@ -115,6 +115,40 @@ class TextDataModule(LightningDataModule):
         num_rows = len(self._splits["train"])
         return permutation(num_rows, self.seed, "epoch", epoch) if self.shuffle else torch.arange(num_rows)
 
+    def task_names(self, split: Split = "train") -> list[str]:
+        """Return the names of the tasks of a split, sorted.
+
+        Args:
+            split: `train`, `val` or `test`; loaded if it is not yet.
+        """
+        rows = self._split_rows(split)
+        return sorted({self._parse(split, index, rows[index]).task for index in range(len(rows))})
+
+    def examples(self, tasks: Sequence[str], number: int, split: Split = "train") -> list[Prompt]:
+        """Return the prompts of some rows of some tasks, drawn by `seed`.
+
+        Args:
+            tasks: Names of tasks.
+            number: At most so many.
+            split: Where from.
+        """
+        rows = self._split_rows(split)
+        chosen: list[Prompt] = []
+        for index in permutation(len(rows), self.seed, "examples").tolist():
+            if len(chosen) == number:
+                break
+            row = self._parse(split, index, rows[index])
+            if row.task in tasks:
+                chosen.append(row.prompt)
+        return chosen
+
+    def _split_rows(self, split: Split) -> Rows:
+        if split not in self._splits:
+            rows = self.rows(split)
+            self._columns[split] = self._checked_columns(split, rows)
+            self._splits[split] = rows
+        return self._splits[split]
+
     def setup(self, stage: str | None = None) -> None:
         """Load and check the splits that `stage` needs.
 
@@ -126,12 +160,8 @@ class TextDataModule(LightningDataModule):
                 known columns (Arrow, generated) are checked one by one only when they are batched.
         """
         for split in _SPLITS_OF_STAGE[stage]:
-            if split not in self._splits:
-                rows = self.rows(split)
-                if split == "train" and len(rows) == 0:
-                    raise ValueError(f"{type(self).__name__} has no training rows")
-                self._columns[split] = self._checked_columns(split, rows)
-                self._splits[split] = rows
+            if len(self._split_rows(split)) == 0 and split == "train":
+                raise ValueError(f"{type(self).__name__} has no training rows")
         if stage in ("fit", None):
             self._train_loader = None
 

@@ -11,14 +11,24 @@ if TYPE_CHECKING:
     from lightning_modules.sparse.module import SparseAdapterModule
 
 _HOMES = {
+    "AdapterLibraryModule": "lightning_modules.library.module",
     "CausalLMModule": "lightning_modules.causal_lm",
     "GRPOModule": "lightning_modules.grpo.module",
+    "RoutedAdapter": "lightning_modules.library.adapter",
     "SFTModule": "lightning_modules.sft",
     "SparseAdapter": "lightning_modules.sparse.adapter",
     "SparseAdapterModule": "lightning_modules.sparse.module",
 }
 
-__all__ = ["CausalLMModule", "GRPOModule", "SFTModule", "SparseAdapter", "SparseAdapterModule"]
+__all__ = [
+    "AdapterLibraryModule",
+    "CausalLMModule",
+    "GRPOModule",
+    "RoutedAdapter",
+    "SFTModule",
+    "SparseAdapter",
+    "SparseAdapterModule",
+]
 
 
 def __getattr__(name: str) -> Any:

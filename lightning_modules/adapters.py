@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from datamodules.batches import Prompt
 from lightning_modules.files import complete_folder
 
 
@@ -21,7 +22,12 @@ class Adapter(ABC):
     """What is learned. Every module works with every adapter through these five methods.
 
     An adapter is used once: `attach` comes first and binds it to one model.
+
+    Attributes:
+        source: The base model, as the user named it; the module sets it before `attach`.
     """
+
+    source: str | None = None
 
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
@@ -61,6 +67,22 @@ class Adapter(ABC):
             optimizer: What trains the parameters of this adapter.
             epoch: Returns the number of the running epoch, from 0.
         """
+
+    def route(self, tasks: Sequence[str], prompts: Sequence[Prompt]) -> None:  # noqa: B027
+        """Hear which rows the next forward passes are about. Most adapters treat all rows alike.
+
+        Args:
+            tasks: The task of each row (B).
+            prompts: The prompt of each row (B).
+        """
+
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """Divide what is trained into groups with settings of their own, as optimisers of torch take them.
+
+        Args:
+            parameters: All that is trained.
+        """
+        return parameters
 
     def take_resized(self) -> bool:
         """Return, once, whether parameters were replaced by others since the last call."""

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from datamodules.batches import Prompt
+from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.checkpoints import AdapterCheckpoints
 from lightning_modules.distributed import gradient_exchange, rewrap
@@ -119,6 +119,7 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         # Without this a head that reads a slice of positions multiplies in batches, which on CPU copies the
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        self.adapter.source = self.source
         self.model = self.adapter.attach(base)
         # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -183,7 +184,8 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         Raises:
             ValueError: If the scheduler needs a metric, which an update does not have.
         """
-        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self._optimizer(self.adapter.parameter_groups(trained))
         self.adapter.watch(optimizer, lambda: self.current_epoch)
         if self._lr_scheduler is None:
             return optimizer
@@ -215,9 +217,7 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
             share = loss()
             with gradient_exchange(self.trainer.strategy, enabled=i == len(losses) - 1):
                 self.manual_backward(share)
-        limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
-        trained = [p for p in self.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trained, limit, error_if_nonfinite=True)
+        norm = self.clip_gradients_in_place()
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
@@ -226,6 +226,28 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr, call-arg]
         return norm.detach()
+
+    def clip_gradients_in_place(self) -> Tensor:
+        """Scale the gradients of an update down to `gradient_clip_val`.
+
+        Returns:
+            Their norm before.
+
+        Raises:
+            RuntimeError: If it is not finite.
+        """
+        limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.nn.utils.clip_grad_norm_(trained, limit, error_if_nonfinite=True)
+
+    def route(self, batch: TextBatch, rows: Sequence[int]) -> None:
+        """Tell the adapter which rows come next, for adapters that treat tasks or prompts differently.
+
+        Args:
+            batch: A batch.
+            rows: Positions in it.
+        """
+        self.adapter.route([batch.tasks[row] for row in rows], [batch.prompts[row] for row in rows])
 
     def on_fit_start(self) -> None:
         """Write the hyper-parameters to the loggers.

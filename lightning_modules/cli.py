@@ -24,6 +24,17 @@ LIGHT_COMMANDS = {
     "export": "lightning_modules.export:export_adapter",
     "merge": "lightning_modules.merging.merge:merge_experts",
 }
+LIBRARY_COMMANDS = {
+    "add": "lightning_modules.library.commands:add_adapters",
+    "remove": "lightning_modules.library.commands:remove_adapters",
+    "list": "lightning_modules.library.commands:list_adapters",
+    "show": "lightning_modules.library.commands:show_adapter",
+    "verify": "lightning_modules.library.commands:verify_library",
+    "cluster": "lightning_modules.library.cluster_command:cluster_library",
+    "route": "lightning_modules.library.route_command:route_prompts",
+    "push": "lightning_modules.library.commands:push_library",
+    "pull": "lightning_modules.library.commands:pull_library",
+}
 
 USAGE = """usage: quiver COMMAND [options]
 
@@ -39,6 +50,7 @@ Commands that train nothing:
   configs    list the configurations that come with quiver
   export     merge an adapter folder into a plain Hugging Face folder, or turn a sparse one into SHiRA
   merge      merge experts            quiver merge --method ties --experts A B --output FOLDER
+  library    keep experts in a folder: add, remove, list, show, verify, cluster, route, push, pull
 
 quiver fit -c FILE --print_config   shows every setting with its value
 quiver fit --help                   lists the options of a command
@@ -82,29 +94,36 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     name, *rest = arguments
     if name in LIGHT_COMMANDS:
-        from jsonargparse import auto_cli
-
-        place, function_name = LIGHT_COMMANDS[name].split(":")
-        function = getattr(importlib.import_module(place), function_name)
-        auto_cli(
-            function,
-            args=_spell_lists(function, rest),
-            as_positional=True,
-            prog=f"quiver {name}",
-        )
-        return 0
+        return _call(LIGHT_COMMANDS[name], rest, f"quiver {name}")
+    if name == "library":
+        if not rest or rest[0] not in LIBRARY_COMMANDS:
+            listed = ", ".join(LIBRARY_COMMANDS)
+            wrong = f"unknown command {rest[0]!r}. " if rest and not rest[0].startswith("-") else ""
+            print(f"quiver library: {wrong}There are {listed}.", file=sys.stderr if wrong else sys.stdout)
+            return 2 if wrong else 0
+        return _call(LIBRARY_COMMANDS[rest[0]], rest[1:], f"quiver library {rest[0]}")
     if name.startswith("-"):
         print(
             f"quiver: error: {name!r} comes before the command. Write: quiver fit {name} ...", file=sys.stderr
         )
         return 2
     if name not in RUN_COMMANDS:
-        known = [*RUN_COMMANDS, *LIGHT_COMMANDS]
+        known = [*RUN_COMMANDS, *LIGHT_COMMANDS, "library"]
         close = get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
         print(f"quiver: error: unknown command {name!r}. {hint}", file=sys.stderr)
         return 2
     return int(importlib.import_module("lightning_modules.training_cli").run(arguments))
+
+
+def _call(place: str, arguments: list[str], program: str) -> int:
+    """Call a "module:function" with options made from its signature."""
+    from jsonargparse import auto_cli
+
+    module, function_name = place.split(":")
+    function = getattr(importlib.import_module(module), function_name)
+    auto_cli(function, args=_spell_lists(function, arguments), as_positional=True, prog=program)
+    return 0
 
 
 def _spell_lists(function: Callable[..., Any], arguments: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,20 @@ from lightning_modules.logprobs import completion_logits, token_logprobs
 from lightning_modules.microbatches import pad_pairs, plan_micro_batches
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
 from lightning_modules.text import prediction_rows
+
+
+class MicroBatch(NamedTuple):
+    """Rows that go through the model together.
+
+    Attributes:
+        rows: Their positions in the batch (b).
+        prompts: Token ids (b).
+        answers: Token ids, the end token included (b).
+    """
+
+    rows: list[int]
+    prompts: list[list[int]]
+    answers: list[list[int]]
 
 
 class SFTModule(CausalLMModule):
@@ -73,7 +87,7 @@ class SFTModule(CausalLMModule):
         return [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
 
     def _logprobs(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and mask of answer tokens (b, T)."""
+        """Log-probabilities and mask of answer tokens (b, T), of rows that the adapter has heard of."""
         input_ids, attention_mask, mask_BT = pad_pairs(
             prompts, answers, pad_token_id=self.pad_token_id, device=self.device
         )
@@ -81,34 +95,53 @@ class SFTModule(CausalLMModule):
         logits_BTV = completion_logits(self, input_ids, attention_mask, T, temperature=1.0)
         return token_logprobs(logits_BTV, input_ids[:, -T:]), mask_BT
 
-    def _micro_batches(self, batch: TextBatch) -> list[tuple[list[list[int]], list[list[int]]]]:
+    def _micro_batches(self, batch: TextBatch) -> list[MicroBatch]:
         """Tokenised prompts and answers, grouped within the token budget."""
         answers = self.encode_answers(batch.answers)
         prompts = self.encode_prompts(batch.prompts, room=max(map(len, answers)), uids=batch.uids)
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return [
-            ([prompts[i] for i in rows], [answers[i] for i in rows])
+            MicroBatch(rows, [prompts[i] for i in rows], [answers[i] for i in rows])
             for rows in plan_micro_batches(lengths, self.max_tokens_per_microbatch)
         ]
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> None:
         """One update from one batch."""
         micro_batches = self._micro_batches(batch)
-        tokens = sum(len(answer) for _, answers in micro_batches for answer in answers)
-        count = all_sum(self.trainer.strategy, torch.tensor(tokens)).item()
-        shares: list[Tensor] = []
+        tokens_B = torch.zeros(len(batch))
+        for rows, _, answers in micro_batches:
+            tokens_B[rows] = torch.tensor([float(len(answer)) for answer in answers])
+        count = all_sum(self.trainer.strategy, tokens_B.sum())
+        weights_B = self.row_weights(batch, tokens_B) * self.trainer.world_size
+        losses: list[Tensor] = []
 
-        def share(prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-            logprobs_BT, mask_BT = self._logprobs(prompts, answers)
-            loss = -(logprobs_BT * mask_BT).sum() * self.trainer.world_size / count
-            shares.append(loss.detach())
-            return loss
+        def share(micro_batch: MicroBatch) -> Tensor:
+            self.route(batch, micro_batch.rows)
+            logprobs_BT, mask_BT = self._logprobs(micro_batch.prompts, micro_batch.answers)
+            losses_B = -(logprobs_BT * mask_BT).sum(1)
+            losses.append(losses_B.detach().sum())
+            return (losses_B * weights_B[micro_batch.rows].to(losses_B)).sum()
 
-        norm = self.update([partial(share, *micro_batch) for micro_batch in micro_batches])
-        loss = all_sum(self.trainer.strategy, torch.stack(shares).sum()) / self.trainer.world_size
+        norm = self.update([partial(share, micro_batch) for micro_batch in micro_batches])
+        loss = all_sum(self.trainer.strategy, torch.stack(losses).sum()) / count
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         self.log("train/grad_norm", norm, batch_size=1)
         self.log("train/answer_tokens", float(count), batch_size=1)
+
+    def row_weights(self, batch: TextBatch, tokens_B: Tensor) -> Tensor:
+        """Return the weight of each row's summed cross-entropy in the loss of the update.
+
+        The same for all rows here, so that the loss is the mean over all answer tokens of all ranks. A subclass
+        may weigh rows differently.
+
+        Args:
+            batch: The rows of this rank (B).
+            tokens_B: Answer tokens of each row (B).
+
+        Returns:
+            (B).
+        """
+        return (1 / all_sum(self.trainer.strategy, tokens_B.sum()).cpu()).expand(len(batch))
 
     def evaluation_metrics(self) -> Sequence[str]:
         """Name the metrics of validation."""
@@ -121,29 +154,47 @@ class SFTModule(CausalLMModule):
             `predictions`: the greedy answer of each row without choices, else the chosen one (B).
         """
         for micro_batch in self._micro_batches(batch):
-            logprobs_BT, mask_BT = self._logprobs(*micro_batch)
-            self.evaluation_means.add("loss", -logprobs_BT, mask_BT)
+            self.route(batch, micro_batch.rows)
+            logprobs_BT, mask_BT = self._logprobs(micro_batch.prompts, micro_batch.answers)
+            for row, logprobs_T, mask_T in zip(micro_batch.rows, logprobs_BT, mask_BT, strict=True):
+                self.add_metric("loss", -logprobs_T, batch.tasks[row], mask_T)
         free = [i for i, choices in enumerate(batch.choices) if not choices]
-        texts = self._generate([batch.prompts[i] for i in free]) if free else []
+        texts = self._generate(batch, free) if free else []
         predictions = dict(zip(free, texts, strict=True))
         for i, text in predictions.items():
-            self.evaluation_means.add("exact_match", torch.tensor(float(text == batch.answers[i].strip())))
+            exact = torch.tensor(float(text == batch.answers[i].strip()))
+            self.add_metric("exact_match", exact, batch.tasks[i])
             rouge = rouge_score(text, batch.answers[i], rouge_keys="rougeL")
-            self.evaluation_means.add("rouge_l", torch.as_tensor(rouge["rougeL_fmeasure"]))
+            self.add_metric("rouge_l", torch.as_tensor(rouge["rougeL_fmeasure"]), batch.tasks[i])
         for i, choices in enumerate(batch.choices):
             if choices:
+                self.route(batch, [i] * len(choices))
                 predictions[i] = self.choose(batch.prompts[i], choices)
-                correct = float(predictions[i] == batch.answers[i])
-                self.evaluation_means.add("choice_accuracy", torch.tensor(correct))
+                correct = torch.tensor(float(predictions[i] == batch.answers[i]))
+                self.add_metric("choice_accuracy", correct, batch.tasks[i])
         return {"predictions": [predictions[i] for i in range(len(batch))]}
+
+    def add_metric(self, name: str, value: Tensor, task: str, mask: Tensor | None = None) -> None:
+        """Add a row to the mean of a metric. A subclass may keep means of its own.
+
+        Args:
+            name: One of `evaluation_metrics`.
+            value: Any shape.
+            task: The row's task.
+            mask: 1 on what counts; None counts all.
+        """
+        self.evaluation_means.add(name, value, mask)
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return `uid`, `prompt` and the `completion` of each row."""
-        return prediction_rows(batch, self._generate(batch.prompts))
+        return prediction_rows(batch, self._generate(batch, range(len(batch))))
 
-    def _generate(self, prompts: Sequence[Any]) -> list[str]:
-        ids = self.encode_prompts(prompts, room=self.sampling.max_new_tokens)
-        return [text.strip() for text in self.sampler.generate(ids, self.sampling).texts]
+    def _generate(self, batch: TextBatch, rows: Sequence[int]) -> list[str]:
+        ids = self.encode_prompts([batch.prompts[row] for row in rows], room=self.sampling.max_new_tokens)
+        completions = self.sampler.generate(
+            ids, self.sampling, lambda drawn: self.route(batch, [rows[position] for position in drawn])
+        )
+        return [text.strip() for text in completions.texts]
 
     @torch.no_grad()
     def choose(self, prompt: Any, choices: list[str]) -> str:

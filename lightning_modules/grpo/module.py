@@ -213,7 +213,11 @@ class GRPOModule(CausalLMModule):
         return Rollout(
             batch=repeat_rows(batch, num_generations),
             prompt_ids=prompt_ids,
-            completions=self.sampler.generate(prompt_ids, sampling),
+            completions=self.sampler.generate(
+                prompt_ids,
+                sampling,
+                lambda rows: self.route(batch, [row // num_generations for row in rows]),
+            ),
             group_size=num_generations,
         )
 
@@ -340,7 +344,9 @@ class GRPOModule(CausalLMModule):
         # Ranks add their gradients up as a mean, hence the world size.
         share = denominator / self.trainer.world_size
         for _ in range(self.updates_per_rollout):
-            norm = self.update([partial(self._share_of_loss, rows, share, means) for rows in micro_batches])
+            norm = self.update(
+                [partial(self._share_of_loss, rollout, rows, share, means) for rows in micro_batches]
+            )
             means.add("grad_norm", norm)
 
     def _skip_step(self) -> None:
@@ -358,7 +364,8 @@ class GRPOModule(CausalLMModule):
                 "learned. Look at the rollouts: is the task far too hard or easy, or the reward constant?"
             )
 
-    def _share_of_loss(self, rows: MicroBatch, denominator: float, means: Means) -> Tensor:
+    def _share_of_loss(self, rollout: Rollout, rows: MicroBatch, denominator: float, means: Means) -> Tensor:
+        self.route(rollout.batch, rows.rows)
         reference = self.adapter.disabled() if self.kl_coef else None
         tokens = forward_policy(self, rows, temperature=self.sampling.temperature, reference=reference)
         add_update_means(means, tokens, self.clip)

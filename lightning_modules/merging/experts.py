@@ -90,6 +90,20 @@ class SparseExpert(Expert):
         super().__init__(folder, self._file.config.get("base_model_name_or_path") or None)
         if not self._file.names:
             raise ValueError(f"experts: {folder} changes nothing: it names no weights.")
+        self.names = list(self._file.names)
+
+    def inspect(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str], int]:
+        """Read everything once, without a base model.
+
+        Returns:
+            The shape and the fingerprint of each changed weight, as the adapter names it, and the number of values.
+
+        Raises:
+            ValueError: If indices or values make no sense.
+        """
+        size = sum(self._file.delta(name).values.numel() for name in self._file.names)
+        shapes = {name: self._file.shape(name) for name in self._file.names}
+        return shapes, self._file.config.get("fingerprint") or {}, size
 
     def fit(self, model: nn.Module) -> None:
         """Check shapes and fingerprints."""
@@ -130,6 +144,32 @@ class LoraExpert(Expert):
                     f"{folder / _ADAPTER} holds {key}, which is no pair of LoRA factors of a linear layer. "
                     "Merge that adapter into its base model with quiver export and give the model's folder."
                 )
+        self.names = list(self._keys)
+
+    def inspect(self) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+        """Read everything once, without a base model.
+
+        Returns:
+            The shape (out, in) and the rank of each changed weight.
+
+        Raises:
+            ValueError: If two factors do not belong together, or a value is not finite.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        ranks: dict[str, int] = {}
+        for name in self._keys:
+            A, B, scaling = self._factors(name)
+            where = f"{self.folder / _ADAPTER}: {name}"
+            if A.dim() != 2 or B.dim() != 2 or B.shape[1] != len(A):
+                raise ValueError(
+                    f"{where}: factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not match."
+                )
+            if not math.isfinite(scaling):
+                raise ValueError(f"{where}: alpha / r is {scaling}. Save the adapter again.")
+            for factor in (A, B):
+                _finite(factor, where)
+            shapes[name], ranks[name] = (len(B), A.shape[1]), len(A)
+        return shapes, ranks
 
     def fit(self, model: nn.Module) -> None:
         """Check names and shapes. A LoRA on one of two tied layers is refused: the other would change too."""

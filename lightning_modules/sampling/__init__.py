@@ -1,6 +1,6 @@
 """Who generates: the Sampler seam and its implementations."""
 
-from lightning_modules.sampling.base import Completions, Sampler, Sampling
+from lightning_modules.sampling.base import Announce, Completions, Sampler, Sampling
 from lightning_modules.sampling.generate import GenerateSampler
 
-__all__ = ["Completions", "GenerateSampler", "Sampler", "Sampling"]
+__all__ = ["Announce", "Completions", "GenerateSampler", "Sampler", "Sampling"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 FinishReason = Literal["stop", "length"]
+
+Announce: TypeAlias = Callable[[Sequence[int]], None]
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,16 @@ class Sampler(ABC):
         """Take the policy to sample from. Called once, before the first `generate`."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Completions:
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, announce: Announce | None = None
+    ) -> Completions:
         """Draw one completion per row.
 
         Args:
             prompts: Token ids per row. A prompt with G completions stands in G neighbouring rows.
             sampling: How to draw.
+            announce: Called with the positions in `prompts` of the rows that the next forward passes are about,
+                whenever these change; adapters that treat rows differently need it.
 
         Returns:
             One completion per row, in order.

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lightning_modules.sampling.base import Completions, FinishReason, Sampler, Sampling
+from lightning_modules.sampling.base import Announce, Completions, FinishReason, Sampler, Sampling
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]
@@ -65,14 +65,18 @@ class GenerateSampler(Sampler):
         self._model, self._tokenizer = model, tokenizer
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Completions:
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, announce: Announce | None = None
+    ) -> Completions:
         """Draw one completion per row with the model in evaluation mode."""
         ends = self._end_tokens()
         with _sampling_state(self._model):
-            parts = [
-                self._decode(prompts[start : start + self.max_rows], sampling, ends)
-                for start in range(0, len(prompts), self.max_rows)
-            ]
+            parts = []
+            for start in range(0, len(prompts), self.max_rows):
+                rows = range(start, min(start + self.max_rows, len(prompts)))
+                if announce is not None:
+                    announce(rows)
+                parts.append(self._decode([prompts[row] for row in rows], sampling, ends))
         return Completions(
             token_ids=[row for part in parts for row in part.token_ids],
             texts=[text for part in parts for text in part.texts],

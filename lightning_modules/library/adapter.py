@@ -1,0 +1,328 @@
+"""RoutedAdapter: a library of experts, or new ones, and a router, behind the Adapter seam."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from datamodules.batches import Prompt
+from lightning_modules.adapters import Adapter, check_state
+from lightning_modules.library.clusters import read_clusters
+from lightning_modules.library.experts import Experts
+from lightning_modules.library.layers import ExpertStack, LoraStack, RoutedLinear, RoutingState
+from lightning_modules.library.loading import choose_experts, new_stack, open_experts, stacks_of
+from lightning_modules.library.mixing import Mixing, output_mixing
+from lightning_modules.library.publish import write_expert
+from lightning_modules.library.routers.base import Router, missing_descriptions
+from lightning_modules.library.routers.poly import PolyRouter
+from lightning_modules.library.steps import KeepAbsent
+from lightning_modules.library.store import AdapterLibrary
+from lightning_modules.sparse.storage import fingerprint
+from lightning_modules.sparse.targets import find_targets
+
+
+class RoutedAdapter(Adapter):
+    """Experts in every layer, and a router that says how tokens or rows find them.
+
+    With `library` the experts come from there, else they are new. Every module takes this adapter;
+    `AdapterLibraryModule` adds what only a library needs.
+
+    Args:
+        router: Chooses experts.
+        library: Folder of an `AdapterLibrary`.
+        experts: With a library the names of the experts to use, None for all. Without, the new experts: how many
+            skills, the names of tasks that get an expert each, a mapping from expert to its tasks, or a file that
+            `quiver library cluster` wrote.
+        rank: Of new experts.
+        alpha: LoRA's alpha of new experts: their change is scaled by alpha / rank.
+        target_modules: Layers that new experts change: `all-linear`, ends of module names, or a regular
+            expression.
+        mixing: `lightning_modules.library.mixing.output_mixing` or `factor_mixing`.
+        train_experts: Whether experts are trained. None trains new ones and freezes those of a library.
+        router_lr: Learning rate of what the router learns; None is the optimiser's own.
+        subtract: Experts of the library whose mean is taken off the others as general knowledge. They are not
+            routed to.
+        same_start: New experts start from the same A.
+
+    Raises:
+        ValueError: If arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        library: str | None = None,
+        experts: int | list[str] | dict[str, list[str]] | str | None = None,
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: list[str] | str = "all-linear",
+        mixing: Mixing = output_mixing,
+        train_experts: bool | None = None,
+        router_lr: float | None = None,
+        subtract: list[str] | None = None,
+        same_start: bool = False,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank={rank}: must be at least 1.")
+        if library is not None and not (experts is None or isinstance(experts, list)):
+            raise ValueError(
+                f"experts={experts!r}: with library={library!r}, give a list of its experts, or null for all."
+            )
+        if library is None and (train_experts is False or subtract):
+            raise ValueError("train_experts: false and subtract are for experts of a library. Set library.")
+        if train_experts and subtract:
+            raise ValueError("subtract: experts that are trained cannot share a subtracted part. Drop one.")
+        self.router = router
+        self.library = library
+        self.experts = experts
+        self.rank = rank
+        self.alpha = alpha
+        self.target_modules = target_modules
+        self.mixing = mixing
+        self.train_experts = train_experts
+        self.router_lr = router_lr
+        self.subtract = subtract
+        self.same_start = same_start
+        self.state = RoutingState()
+        self.layers: dict[str, RoutedLinear] = {}
+        self.defer_descriptions = False
+        self.data_tasks: list[str] | None = None
+
+    # ------------------------------------------------------------------ the Adapter seam
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Put stacks of experts and routers into the layers of `model`.
+
+        Raises:
+            ValueError: If an expert is missing, broken or of another base model, or does not suit the router.
+        """
+        model.requires_grad_(False)
+        self._model = model
+        names, tasks, stacks, store = self._stacks(model)
+        settings = {"subtract": sorted(self.subtract)} if self.subtract else {}
+        self.stacked = Experts(names, tasks, stacks, store, settings, tuple(self.data_tasks or ()))
+        for layer, stack in stacks.items():
+            base = model.get_submodule(layer)
+            if not isinstance(base, nn.Linear):
+                raise ValueError(
+                    f"{layer} is a {type(base).__name__}. Experts are routed in nn.Linear layers."
+                )
+            # Poly's logits and the like come with `install`.
+            routed = RoutedLinear(base, stack.to(base.weight.device), nn.Identity(), self.mixing, self.state)
+            parent, _, child = layer.rpartition(".")
+            setattr(model.get_submodule(parent), child, routed)
+            self.layers[layer] = routed
+        if missing := missing_descriptions(self.router, self.stacked):
+            if not self.defer_descriptions:
+                raise ValueError(
+                    f"router={type(self.router).__name__} knows experts by examples, and the library has none of "
+                    f"{missing[0]!r}. Run AdapterLibraryModule with this router once: quiver validate."
+                )
+        else:
+            self.install(self.router)
+        return model
+
+    def install(self, router: Router) -> None:
+        """Route by `router` from now on.
+
+        Raises:
+            ValueError: If the router cannot choose among the experts.
+        """
+        router.prepare(self.stacked)
+        for name, layer in self.layers.items():
+            layer.router = router.for_layer(name).to(layer.base_layer.weight.device)
+        self.router = router
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the base model answer alone."""
+        before, self.state.enabled = self.state.enabled, False
+        try:
+            yield
+        finally:
+            self.state.enabled = before
+
+    def route(self, tasks: Sequence[str], prompts: Sequence[Prompt]) -> None:
+        """Hand the rows to the router."""
+        self.state.rows = self.router.encode(tasks, prompts)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return trained experts, and what routers learned."""
+        state = {}
+        for name, layer in self.layers.items():
+            for key, value in (*layer.experts.state_dict().items(), *_prefixed("router.", layer.router)):
+                state[f"{name}.{key}"] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        own = self.state_dict()
+        check_state(own, state)
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(state[name])
+
+    def write(self, folder: Path) -> None:
+        """Write a library: every expert as a PEFT folder, frozen ones copied, and arrays that the router learned."""
+        written = AdapterLibrary(folder, create=True)
+        self.publish(written)
+
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """Give the router its own learning rate, as `router_lr` says."""
+        if self.router_lr is None:
+            return parameters
+        learned = {id(p) for layer in self.layers.values() for p in layer.router.parameters()}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if id(p) not in learned]},
+            {"params": [p for p in parameters if id(p) in learned], "lr": self.router_lr},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def watch(self, optimizer: Optimizer, epoch: Callable[[], int] = lambda: 0) -> None:
+        """Keep experts still in steps without rows of theirs, and count steps for routers that want to know."""
+        KeepAbsent(self.expert_parameters(), optimizer)
+        routers = [layer.router for layer in self.layers.values() if isinstance(layer.router, PolyRouter)]
+
+        def advance(*_: Any) -> None:
+            for router in routers:
+                router.advance()
+
+        optimizer.register_step_post_hook(advance)
+
+    # ------------------------------------------------------------------ experts
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters whose first dimension counts experts."""
+        found = []
+        for layer in self.layers.values():
+            assert isinstance(layer.router, Router)
+            found += [*layer.experts.parameters(), *layer.router.per_expert_parameters()]
+        return found
+
+    def publish(
+        self,
+        library: AdapterLibrary,
+        metrics: Mapping[str, Mapping[str, float]] | None = None,
+        prefix: str = "",
+    ) -> list[str]:
+        """Add the experts to a library; of experts that are there already, only what the router learned of them.
+
+        Args:
+            library: Where to.
+            metrics: Of each expert.
+            prefix: Put before the names of trained experts.
+
+        Returns:
+            The names of the experts in that library.
+
+        Raises:
+            ValueError: If a name is taken by another adapter.
+        """
+        names = []
+        same = self.stacked.library is not None and library.root == self.stacked.library.root
+        for number, name in enumerate(self.stacked.names):
+            frozen = not self._trained
+            target = name if frozen else prefix + name
+            names.append(target)
+            if not (frozen and same):
+                with tempfile.TemporaryDirectory() as aside:
+                    source = self.stacked.library[name].folder if frozen and self.stacked.library else None
+                    if source is None:
+                        source = Path(aside)
+                        write_expert(source, self._expert_factors(number), self.source)
+                    library.add(
+                        source,
+                        target,
+                        tasks=self.stacked.tasks[name],
+                        metrics=(metrics or {}).get(name),
+                        lineage=[name] if self.stacked.library is not None and not frozen else [],
+                        fingerprint=self._fingerprints(),
+                    )
+            learned = {
+                layer: parameter[number].detach().cpu().contiguous()
+                for layer, routed in self.layers.items()
+                for parameter in routed.router.per_expert_parameters()  # type: ignore[operator]
+            }
+            if learned:
+                library.put_arrays(target, self.router.kind, learned, self.router.description_settings())
+        return names
+
+    @property
+    def _trained(self) -> bool:
+        return self.library is None if self.train_experts is None else self.train_experts
+
+    def _stacks(
+        self, model: nn.Module
+    ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]], dict[str, ExpertStack], AdapterLibrary | None]:
+        """Load or make the experts: names, tasks, stacks by layer, and the library."""
+        if self.library is None:
+            own = self._new_experts()
+            targets = find_targets(model, self.target_modules)
+            made: dict[str, ExpertStack] = {
+                layer: new_stack(
+                    len(own),
+                    model.get_submodule(layer).get_parameter("weight"),
+                    self.rank,
+                    self.alpha,
+                    same_start=self.same_start,
+                )
+                for layer in targets
+            }
+            return tuple(own), own, made, None
+        library = AdapterLibrary(self.library)
+        assert self.experts is None or isinstance(self.experts, list)
+        general = choose_experts(library, self.subtract) if self.subtract else []
+        names = [name for name in choose_experts(library, self.experts) if name not in general]
+        if not names:
+            raise ValueError("subtract names all experts, so there is none left to route to.")
+        opened = open_experts(library, [*names, *general], model)
+        stacks = stacks_of(
+            {name: opened[name] for name in names},
+            model,
+            trained=self._trained,
+            subtract=[opened[name] for name in general],
+        )
+        tasks = {name: library[name].tasks or (name,) for name in names}
+        return tuple(names), tasks, stacks, library
+
+    def _new_experts(self) -> dict[str, tuple[str, ...]]:
+        """Name the new experts and their tasks."""
+        known = tuple(self.data_tasks or ())
+        if isinstance(self.experts, int):
+            if self.experts < 1:
+                raise ValueError(f"experts={self.experts}: there must be at least 1.")
+            return {f"skill_{number}": known for number in range(self.experts)}
+        if isinstance(self.experts, str):
+            return {name: tuple(tasks) for name, tasks in read_clusters(self.experts).items()}
+        if isinstance(self.experts, dict):
+            return {name: tuple(tasks) for name, tasks in self.experts.items()}
+        names = self.experts or list(known)
+        if not names:
+            raise ValueError("experts: name the new experts, or say how many skills there shall be.")
+        return {name: (name,) for name in names}
+
+    def _expert_factors(self, number: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Factors of one expert without filling, by layer: A (r, in), B (out, r), scale."""
+        factors = {}
+        for name, layer in self.layers.items():
+            stack = layer.experts
+            if isinstance(stack, LoraStack) and bool(stack.present[number]):
+                rank = stack.ranks[number]
+                A, B = stack.A[number].detach(), stack.B[number].detach()
+                scale = float(stack.get_buffer("scale")[number]) if stack.trained else 1.0
+                factors[name] = (A[:rank], B[:, :rank], scale)
+        return factors
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {f"{name}.weight": fingerprint(layer.base_layer.weight) for name, layer in self.layers.items()}
+
+
+def _prefixed(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(prefix + name, value) for name, value in module.state_dict().items()]

@@ -1,0 +1,192 @@
+"""Sends (token, expert) pairs through the matrices of their experts, without a copy of a matrix per token.
+
+Shapes: T tokens, k experts per token, P = T k pairs, E experts, r rank.
+
+Pairs are sorted by expert, and each expert's matrix is multiplied once with all its tokens. Three ways of doing
+that give the same numbers; `dispatch` picks one by shape and device.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_WIDE = 2**21  # elements; measured on a server CPU with benchmarks/routing.py
+
+
+class Dispatch(ABC):
+    """The pairs of one routing decision, sorted by expert.
+
+    Args:
+        expert_index: The experts of each token, int64 (T, k).
+        num_experts: E.
+
+    Attributes:
+        order: Position in the flattened (T, k) of each sorted pair (P).
+        token: The token of each sorted pair (P).
+    """
+
+    def __init__(self, expert_index: Tensor, num_experts: int) -> None:
+        self.num_tokens, k = expert_index.shape
+        self.num_experts = num_experts
+        flat = expert_index.flatten()
+        self.order = flat.argsort(stable=True)
+        self.token = self.order // k
+        self._expert = flat[self.order]
+
+    @abstractmethod
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Multiply each pair's token with its expert's A.
+
+        Args:
+            x: (T, in).
+            A: (E, r, in).
+
+        Returns:
+            Codes of the sorted pairs (P, r).
+        """
+
+    @abstractmethod
+    def up(self, codes: Tensor, B: Tensor) -> Tensor:
+        """Multiply each pair's code with its expert's B, and add up over the pairs of a token.
+
+        Args:
+            codes: Of the sorted pairs (P, r).
+            B: (E, out, r).
+
+        Returns:
+            (T, out).
+        """
+
+    def _counts(self) -> Tensor:
+        """Return the number of pairs of each expert (E), without asking the device for a size."""
+        zeros = torch.zeros(self.num_experts, dtype=torch.int64, device=self._expert.device)
+        return zeros.scatter_add(0, self._expert, torch.ones_like(self._expert))
+
+    def _sum_tokens(self, values: Tensor, token: Tensor, like: Tensor) -> Tensor:
+        return like.new_zeros(self.num_tokens, values.shape[-1]).index_add(0, token, values)
+
+
+class LoopedDispatch(Dispatch):
+    """One small product per expert in use: the fastest for few pairs, such as a decoded token."""
+
+    def __init__(self, expert_index: Tensor, num_experts: int) -> None:
+        super().__init__(expert_index, num_experts)
+        experts, counts = torch.unique_consecutive(self._expert, return_counts=True)
+        self._groups = list(zip(experts.tolist(), self.token.split(counts.tolist()), strict=True))
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """See `Dispatch.down`."""
+        return torch.cat([x[token] @ A[expert].T for expert, token in self._groups])
+
+    def up(self, codes: Tensor, B: Tensor) -> Tensor:
+        """See `Dispatch.up`."""
+        parts = codes.split([len(token) for _, token in self._groups])
+        values = [code @ B[expert].T for code, (expert, _) in zip(parts, self._groups, strict=True)]
+        return self._sum_tokens(torch.cat(values), self.token, codes)
+
+
+class TiledDispatch(Dispatch):
+    """A batched product with a few places per expert; what has no place goes through a grouped product.
+
+    On CPU a batched product of small matrices runs on all threads and costs a fraction of as many single ones.
+    With a little more than an even share of places, few experts need the grouped product, and copies of theirs
+    are small.
+    """
+
+    def __init__(self, expert_index: Tensor, num_experts: int) -> None:
+        super().__init__(expert_index, num_experts)
+        pairs = len(self.order)
+        self._places = math.ceil(1.25 * pairs / num_experts) + 1
+        counts = self._counts()
+        rank = torch.arange(pairs) - (counts.cumsum(0) - counts)[self._expert]
+        fits = rank < self._places
+        self._fits, self._over = fits.nonzero()[:, 0], (~fits).nonzero()[:, 0]
+        self._slot = (self._expert * self._places + rank)[self._fits]
+        self._slot_token = torch.zeros(num_experts * self._places, dtype=torch.int64)
+        self._slot_token[self._slot] = self.token[self._fits]
+        self._crowded, sizes = torch.unique_consecutive(self._expert[self._over], return_counts=True)
+        self._ends = sizes.cumsum(0).int()
+        self._from = torch.cat([self._fits, self._over]).argsort()
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """See `Dispatch.down`. Empty places are computed with the first token and never read."""
+        codes = torch.bmm(self._tiles(x[self._slot_token]), A.transpose(1, 2)).flatten(0, 1)[self._slot]
+        if not len(self._over):
+            return codes
+        rest = grouped_product(x[self.token[self._over]], A[self._crowded], self._ends)
+        return torch.cat([codes, rest])[self._from]
+
+    def up(self, codes: Tensor, B: Tensor) -> Tensor:
+        """See `Dispatch.up`. Empty places hold zeros."""
+        tiles = codes.new_zeros(len(self._slot_token), codes.shape[1])
+        tiles = tiles.index_copy(0, self._slot, codes[self._fits])
+        values = torch.bmm(self._tiles(tiles), B.transpose(1, 2)).flatten(0, 1)
+        result = self._sum_tokens(values, self._slot_token, codes)
+        if not len(self._over):
+            return result
+        rest = grouped_product(codes[self._over], B[self._crowded], self._ends)
+        return result.index_add(0, self.token[self._over], rest)
+
+    def _tiles(self, values: Tensor) -> Tensor:
+        return values.view(self.num_experts, self._places, -1)
+
+
+class GroupedDispatch(Dispatch):
+    """torch's grouped product: no size depends on the data, as GPUs and `torch.compile` want it."""
+
+    def __init__(self, expert_index: Tensor, num_experts: int) -> None:
+        super().__init__(expert_index, num_experts)
+        self._ends = self._counts().cumsum(0).int()
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """See `Dispatch.down`."""
+        return grouped_product(x[self.token], A, self._ends)
+
+    def up(self, codes: Tensor, B: Tensor) -> Tensor:
+        """See `Dispatch.up`."""
+        return self._sum_tokens(grouped_product(codes, B, self._ends), self.token, codes)
+
+
+def grouped_product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Multiply groups of neighbouring rows, each with a matrix of its own.
+
+    Args:
+        values: (P, n).
+        weights: One matrix per group (G, m, n).
+        ends: Where each group ends, int32 (G).
+
+    Returns:
+        (P, m).
+    """
+    # torch wants sides of a multiple of 16 bytes.
+    step = 16 // values.element_size()
+    rows, columns = weights.shape[1:]
+    if rows % step or columns % step:
+        weights = functional.pad(weights, (0, -columns % step, 0, -rows % step))
+        values = functional.pad(values, (0, -columns % step))
+    return functional.grouped_mm(values, weights.transpose(1, 2), offs=ends)[:, :rows]
+
+
+def dispatch(expert_index: Tensor, num_experts: int, x: Tensor) -> Dispatch:
+    """Sort the pairs of a routing decision in the way that is fastest for their number and device.
+
+    Args:
+        expert_index: The experts of each token, int64 (T, k).
+        num_experts: E.
+        x: What will be sent (T, in).
+    """
+    pairs = expert_index.numel()
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return GroupedDispatch(expert_index, num_experts)
+    if num_experts >= 4 * pairs:
+        return LoopedDispatch(expert_index, num_experts)
+    # Tiles hold more than the pairs, which costs more than it saves where float32 pairs outgrow the cache.
+    wide = x.dtype == torch.float32 and pairs * x.shape[-1] > _WIDE
+    if wide or num_experts > pairs:
+        return GroupedDispatch(expert_index, num_experts)
+    return TiledDispatch(expert_index, num_experts)

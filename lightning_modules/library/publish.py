@@ -1,0 +1,47 @@
+"""Writes one expert as a LoRA folder of PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_expert(
+    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor, float]], source: str | None
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into an existing folder.
+
+    Args:
+        folder: Where to.
+        factors: By layer: A (r, in), B (out, r) and alpha / r.
+        source: The base model, as the user named it.
+    """
+    ranks = {layer: len(A) for layer, (A, _, _) in factors.items()}
+    alphas = {layer: scale * ranks[layer] for layer, (_, _, scale) in factors.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source,
+        "target_modules": sorted(factors),
+        "r": rank,
+        "lora_alpha": alpha,
+        # PEFT matches the ends of names; whole names match themselves alone.
+        "rank_pattern": {layer: own for layer, own in ranks.items() if own != rank},
+        "alpha_pattern": {layer: own for layer, own in alphas.items() if own != alpha},
+        "bias": "none",
+        "inference_mode": True,
+    }
+    tensors = {}
+    for layer, (A, B, _) in factors.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = A.float().cpu().contiguous()
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = B.float().cpu().contiguous()
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True), encoding="utf-8"
+    )
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

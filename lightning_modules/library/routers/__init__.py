@@ -1,0 +1,1 @@
+"""Routers: which experts answer, for every token, for every row, or for all alike."""

@@ -4,7 +4,18 @@ from callbacks.adapter_export import AdapterExport
 from callbacks.graceful_stop import GracefulStop
 from callbacks.held_out_gain import HeldOutGain
 from callbacks.learning_curve import LearningCurve
+from callbacks.library_export import LibraryExport
 from callbacks.rollout_table import RolloutTable
+from callbacks.routing_report import RoutingReport
 from callbacks.sparse_stats import SparseStats
 
-__all__ = ["AdapterExport", "GracefulStop", "HeldOutGain", "LearningCurve", "RolloutTable", "SparseStats"]
+__all__ = [
+    "AdapterExport",
+    "GracefulStop",
+    "HeldOutGain",
+    "LearningCurve",
+    "LibraryExport",
+    "RolloutTable",
+    "RoutingReport",
+    "SparseStats",
+]

@@ -12,22 +12,46 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdapterLibraryModule": "lightning_modules.library.module",
+    "ArrowRouter": "lightning_modules.library.routers.token",
     "CausalLMModule": "lightning_modules.causal_lm",
+    "CentroidRouter": "lightning_modules.library.routers.token",
     "GRPOModule": "lightning_modules.grpo.module",
+    "LinearRouter": "lightning_modules.library.routers.learned",
+    "LoraHubModule": "lightning_modules.library.lorahub",
+    "PhatgooseGates": "lightning_modules.library.routers.learned",
+    "PhatgooseRouter": "lightning_modules.library.routers.token",
+    "PolyRouter": "lightning_modules.library.routers.poly",
+    "RetrievalRouter": "lightning_modules.library.routers.retrieval",
     "RoutedAdapter": "lightning_modules.library.adapter",
     "SFTModule": "lightning_modules.sft",
     "SparseAdapter": "lightning_modules.sparse.adapter",
     "SparseAdapterModule": "lightning_modules.sparse.module",
+    "SpectralRouter": "lightning_modules.library.routers.token",
+    "TaskRouter": "lightning_modules.library.routers.fixed",
+    "UniformRouter": "lightning_modules.library.routers.fixed",
+    "WeightsRouter": "lightning_modules.library.routers.fixed",
 }
 
 __all__ = [
     "AdapterLibraryModule",
+    "ArrowRouter",
     "CausalLMModule",
+    "CentroidRouter",
     "GRPOModule",
+    "LinearRouter",
+    "LoraHubModule",
+    "PhatgooseGates",
+    "PhatgooseRouter",
+    "PolyRouter",
+    "RetrievalRouter",
     "RoutedAdapter",
     "SFTModule",
     "SparseAdapter",
     "SparseAdapterModule",
+    "SpectralRouter",
+    "TaskRouter",
+    "UniformRouter",
+    "WeightsRouter",
 ]
 
 

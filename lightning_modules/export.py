@@ -65,6 +65,15 @@ from lightning_modules.sparse.expert import SparseExpert
 model = AutoModelForCausalLM.from_pretrained(resolve_model({base}), dtype=torch.{dtype})
 expert = SparseExpert("path/of/this/folder").apply(model)  # expert.remove() restores the base model"""
 
+_LOAD_LIBRARY = """import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_modules import RoutedAdapter, UniformRouter  # pip install lightning-quiver
+from lightning_modules.sources import resolve_model
+
+model = AutoModelForCausalLM.from_pretrained(resolve_model({base}), dtype=torch.{dtype})
+RoutedAdapter(UniformRouter(), library="path/of/this/folder").attach(model)  # or another router"""
+
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")"""
@@ -81,12 +90,12 @@ def save_adapter(module: CausalLMModule, folder: Path, *, steps: int, metrics: M
     """
     with complete_folder(folder) as aside:
         module.adapter.write(aside)
-        _name_base(aside / "adapter_config.json", module.source)
+        name_base(aside / "adapter_config.json", module.source)
         module.tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(_card(module, folder.name, steps, metrics, aside), encoding="utf-8")
 
 
-def _name_base(config: Path, source: str) -> None:
+def name_base(config: Path, source: str) -> None:
     """Name the base model as the user did; PEFT writes where it was loaded from, a cache folder perhaps."""
     if config.exists():
         values = json.loads(config.read_text(encoding="utf-8"))
@@ -97,12 +106,15 @@ def _name_base(config: Path, source: str) -> None:
 def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, float], folder: Path) -> str:
     config = folder / "adapter_config.json"
     peft_type = json.loads(config.read_text(encoding="utf-8")).get("peft_type") if config.exists() else None
+    is_library = (folder / "index.json").is_file()
     is_adapter = peft_type is not None
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     place = check_model(module.source)
     is_hub_id = not Path(place).exists()
     template = _LOAD_MODEL
-    if peft_type == PEFT_TYPE:
+    if is_library:
+        template = _LOAD_LIBRARY
+    elif peft_type == PEFT_TYPE:
         template = _LOAD_SPARSE
     elif is_adapter:
         template = _LOAD_CONVERTED_ADAPTER if place.endswith(".gguf") else _LOAD_ADAPTER
@@ -111,10 +123,12 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
     return _CARD.format(
         # The hub takes no path here, and a path of this machine would tell nobody anything.
         base_model=f"base_model: {module.source}\n" if is_hub_id else "",
-        library={None: "transformers", PEFT_TYPE: "lightning-quiver"}.get(peft_type, "peft"),
+        library="lightning-quiver"
+        if is_library or peft_type == PEFT_TYPE
+        else ("peft" if is_adapter else "transformers"),
         method=type(module).__name__.removesuffix("Module").lower(),
         title=title,
-        what="An adapter" if is_adapter else "A fine-tuned copy",
+        what="A library of adapters" if is_library else "An adapter" if is_adapter else "A fine-tuned copy",
         source=module.source,
         module=type(module).__name__,
         steps=steps,

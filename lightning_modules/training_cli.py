@@ -42,6 +42,8 @@ for message in (
     "Using ModelCheckpoint with manual optimization",  # the state after the update is the one to resume from
     "`loftq_config` specified but will be ignored",  # jsonargparse spells out every default of LoraConfig
     "Found .* module.* in eval mode at the start of training",  # GRPO trains without dropout
+    "`LightningModule.configure_optimizers` returned `None`",  # LoraHub searches without gradients
+    "COBYLA: Invalid RHOEND",  # from inside nevergrad
     "Attribute .* is an instance of `nn.Module`",  # a router before it meets its experts; it is written as text
     "Total length of `list` across ranks is zero",  # a data set without validation rows
     "Experiment logs directory .* exists and is not empty",  # `before_fit` keeps the metrics it holds

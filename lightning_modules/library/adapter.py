@@ -105,6 +105,11 @@ class RoutedAdapter(Adapter):
         """
         model.requires_grad_(False)
         self._model = model
+        if self.library is None and self.router.needs_library:
+            raise ValueError(
+                f"router={type(self.router).__name__} routes by what experts have learned, and new ones have learned "
+                "nothing. Set library."
+            )
         names, tasks, stacks, store = self._stacks(model)
         settings = {"subtract": sorted(self.subtract)} if self.subtract else {}
         self.stacked = Experts(names, tasks, stacks, store, settings, tuple(self.data_tasks or ()))
@@ -152,6 +157,7 @@ class RoutedAdapter(Adapter):
     def route(self, tasks: Sequence[str], prompts: Sequence[Prompt]) -> None:
         """Hand the rows to the router."""
         self.state.rows = self.router.encode(tasks, prompts)
+        self.state.tasks = tuple(tasks)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return trained experts, and what routers learned."""

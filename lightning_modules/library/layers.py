@@ -48,10 +48,12 @@ class RoutingState:
 
     Attributes:
         rows: What the router made of the rows' tasks and prompts, for example (B) task numbers.
+        tasks: The tasks of these rows (B), for those who watch.
         enabled: Whether experts take part; else the base model answers alone.
     """
 
     rows: Any = None
+    tasks: tuple[str, ...] = ()
     enabled: bool = True
 
 

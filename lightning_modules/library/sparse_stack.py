@@ -29,9 +29,9 @@ class SparseStack(ExpertStack):
 
     Each change is kept twice in compressed rows, as it is for the forward and transposed for the backward pass:
     16 bytes a changed weight. The tokens of an expert are multiplied with its change in one sparse product, in
-    float32 at least. Measured on one core of a server CPU for 576 x 576, 5% changed, 512 tokens, 16 experts, top-4:
-    5.2 ms, against 15 ms with the changes as dense matrices, 20 ms in coordinate format and 44 ms by gathering
-    and adding; for one token 0.08, 0.11, 1.4 and 2.8 ms.
+    float32 at least. Measured on one core of a server CPU for 576 x 576, 5% changed, 16 experts, top-4, 512 tokens:
+    5.7 ms forward and 13.5 ms with backward, against 15 and 32 ms with the changes as dense matrices; products in
+    coordinate format took 20 ms, gathering and adding 44 ms. One token takes 0.26 ms, dense 0.17 ms.
 
     Args:
         deltas: The change of each expert, of shape (out, in); None for one that leaves this layer alone (E).

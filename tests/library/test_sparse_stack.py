@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -72,8 +74,8 @@ def test_equals_the_dense_change(deltas, form):
     x = torch.randn(B, S, IN)
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
     w1, w2 = routing.weight.clone().requires_grad_(), routing.weight.clone().requires_grad_()
-    got = stack(x1, routing._replace(weight=w1), output_mixing)
-    expected = by_loop(x2, dW, routing._replace(weight=w2))
+    got = stack(x1, replace(routing, weight=w1), output_mixing)
+    expected = by_loop(x2, dW, replace(routing, weight=w2))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     seed = torch.randn_like(got)
     got.backward(seed)

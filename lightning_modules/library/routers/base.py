@@ -25,12 +25,14 @@ class Router(nn.Module, ABC):
     Attributes:
         num_examples: How many prompts of each expert's tasks `describe` wants to see. 0 for most.
         kind: Name of the arrays that `describe` makes.
+        needs_library: Whether it makes sense for trained experts alone.
         one_expert_per_row: Whether each row goes to one expert alone, whose loss and gradient then are its own.
     """
 
     num_examples: int = 0
     kind: str = ""
     one_expert_per_row: bool = False
+    needs_library: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -116,6 +116,8 @@ class ArrowRouter(TokenRouter):
         threshold: Below this |cosine| of input and prototype the base answers alone.
     """
 
+    needs_library = True
+
     def tables(self, experts: Experts) -> dict[str, Tensor]:
         """Return unit prototypes (E, in)."""
         return experts.described("arrow", {}, methodcaller("prototypes"))
@@ -135,6 +137,8 @@ class SpectralRouter(TokenRouter):
         temperature: Divides the scores before the softmax.
         threshold: Below this ratio ||dW x|| / ||x|| the base answers alone.
     """
+
+    needs_library = True
 
     def tables(self, experts: Experts) -> dict[str, Tensor]:
         """Return Sigma V^T of each expert's change (E, r, in)."""

@@ -1,0 +1,59 @@
+"""LibraryExpert: one expert of a library as the adapter to go on training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+
+from lightning_modules.adapters import PeftAdapter
+from lightning_modules.library.entry import AdapterEntry
+from lightning_modules.library.loading import check_base, choose_experts
+from lightning_modules.library.store import AdapterLibrary
+from lightning_modules.merging.reading import open_tensors
+
+
+class LibraryExpert(PeftAdapter):
+    """A LoRA expert of a library, trained on: by GRPO, say, after supervised fine-tuning.
+
+    The library stays as it is; `LibraryExport` puts the result into it under a new name. `disabled` is the base
+    model, not the expert as it was.
+
+    Args:
+        library: Folder of an `AdapterLibrary`.
+        expert: Name of the expert.
+
+    Raises:
+        ValueError: If there is no such library or expert, or it is no LoRA.
+    """
+
+    def __init__(self, library: str, expert: str) -> None:
+        self.library = library
+        self.expert = expert
+        store = AdapterLibrary(library)
+        choose_experts(store, [expert])
+        self.entry: AdapterEntry = store[expert]
+        if self.entry.kind != "lora":
+            raise ValueError(
+                f"expert={expert!r} is a sparse adapter. LibraryExpert goes on with LoRA experts."
+            )
+        self.entry.open()
+        config = PeftConfig.from_pretrained(str(self.entry.folder))
+        assert isinstance(config, LoraConfig)
+        config.inference_mode = False
+        super().__init__(config)
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Put the expert into `model`.
+
+        Raises:
+            ValueError: If the expert belongs to another base model.
+        """
+        check_base(self.entry, model)
+        self.entry.open().fit(model)
+        adapted = super().attach(model)
+        file: Any = open_tensors(self.entry.folder / "adapter_model.safetensors")
+        state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.load_state_dict(state)
+        return adapted

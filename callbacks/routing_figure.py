@@ -18,7 +18,7 @@ def routing_figure(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Fig
 
     Args:
         columns: `layer`, `accuracy`, `entropy`, `abstained`, then the experts (4 + E).
-        rows: One for each layer.
+        rows: One for each layer; None where nothing counted.
 
     Returns:
         The figure, to be saved.
@@ -31,13 +31,14 @@ def routing_figure(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Fig
     load = np.array([row[_FACTS:] for row in rows], dtype=np.float64)
     facts = np.array([row[1:_FACTS] for row in rows], dtype=np.float64)
     height = min(3 + 0.09 * len(rows), 24)
-    figure = Figure(figsize=(6 + 0.28 * len(experts), height), layout="constrained")
+    figure = Figure(figsize=(min(6 + 0.28 * len(experts), 40), height), layout="constrained")
     FigureCanvasAgg(figure)
-    heat, lines = figure.subplots(1, 2, width_ratios=[max(2.0, 0.25 * len(experts)), 2])
+    heat, lines = figure.subplots(1, 2, width_ratios=[min(max(2.0, 0.25 * len(experts)), 12), 2])
     drawn = heat.imshow(load, aspect="auto", interpolation="nearest", vmin=0)
     step = max(1, len(rows) // 45)
     heat.set_yticks(range(0, len(rows), step), [row[0] for row in rows][::step], fontsize=6)
-    heat.set_xticks(range(len(experts)), experts, rotation=90, fontsize=7)
+    across = max(1, len(experts) // 120)
+    heat.set_xticks(range(0, len(experts), across), experts[::across], rotation=90, fontsize=7)
     heat.set_title("mean weight", fontsize=10)
     figure.colorbar(drawn, ax=heat, shrink=0.5)
     places = np.arange(len(rows))

@@ -1,10 +1,16 @@
-"""Watches a router: whom it chooses, how surely, and whether that is the task's own expert."""
+"""Watches a router: whom it chooses, how surely, and whether that is the task's own expert.
+
+Shapes: B rows, S positions, E experts, T tasks that one expert has for itself, L layers.
+"""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,39 +28,51 @@ from lightning_modules.distributed import all_sum
 from lightning_modules.files import complete_file, set_aside
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.mixing import Routing
-from lightning_modules.library.watch import dense_weights, routing_counts
-
-_SUMS = 5
+from lightning_modules.library.watch import dense_weights
 
 
 class RoutingReport(lightning.Callback):
-    """Measures routing in validation and test.
+    """Measures routing in validation and test, and in training where the router learns.
 
-    Tokens of prompts and gold answers count; padding, and tokens that are generated one by one, do not. Logs, as means over layers and tokens,
+    All tokens count that the model reads or writes while experts take part: prompts, gold answers, and what is
+    generated until its end token. Padding does not. It logs, as means over tokens and layers,
 
-    - `routing/accuracy`, the share of tokens that weigh the expert of their row's task most, over rows whose task
-      has an expert (the oracle's choice);
-    - `routing/entropy` of the experts' shares, in nats; log E is uniform;
-    - `routing/abstained`, the share of tokens that the base answers alone;
-    - `routing/load_max`, the largest mean weight of an expert in a layer.
+    - `routing/accuracy`, the share of tokens whose heaviest expert is that of their row's task, and
+      `routing/accuracy/<task>`. Experts that weigh the same share the token. Rows of a task that no expert has, or
+      several have, do not count; a token that abstains counts as wrong;
+    - `routing/entropy` of the experts' shares in nats, and `routing/entropy_share`, divided by log E, over tokens
+      that do not abstain;
+    - `routing/abstained`, the share of tokens that the base model answers alone;
+    - `routing/load_max` and `routing/load_min`, the largest and smallest mean weight of an expert in a layer, and
+      `routing/load_variation`, the experts' standard deviation divided by their mean.
 
-    The end of validation or test writes `routing.csv` to the run's folder, a row for each layer with its load per
-    expert, and draws it as `routing.png`; both go to W&B as the table `routing` and the image `routing_heat`.
+    Training logs them as `train/routing/...`, of one batch in `every_n_steps`. Loggers that write more often repeat
+    the last value.
+
+    Each validation or test writes `routing.csv` to the run's folder, a row for each layer with the load of each
+    expert, and draws it as `routing.png`, in place of those of the run's last one; both go to W&B as the table
+    `routing` and the image `routing_heat`.
 
     Args:
+        every_n_steps: Batches between two logs of training.
         image: Draw. It needs matplotlib (extra `plots`); without, there is a warning and no picture.
+
+    Raises:
+        ValueError: If `every_n_steps` is below 1.
     """
 
-    def __init__(self, image: bool = True) -> None:
+    def __init__(self, every_n_steps: int = 10, image: bool = True) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1.")
         if image and importlib.util.find_spec("matplotlib") is None:
             rank_zero_warn(
                 "RoutingReport draws with matplotlib: pip install 'lightning-quiver[plots]'. No picture."
             )
             image = False
+        self.every_n_steps = every_n_steps
         self.image = image
-        self._counts: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-        self._mask: Tensor | None = None
+        self._watch: _Watch | None = None
+        self._written = False
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Check the module.
@@ -63,57 +81,42 @@ class RoutingReport(lightning.Callback):
             ValueError: If it has no RoutedAdapter.
         """
         _routed(pl_module)
+        self._written = False
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any
+    ) -> None:
+        """Begin to watch, where the router learns."""
+        routers = [layer.router for layer in _routed(pl_module).layers.values()]
+        learns = any(p.requires_grad for router in routers for p in router.parameters())
+        if learns and (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps == 0:
+            self._watch = _Watch(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any
+    ) -> None:
+        """Log."""
+        if self._watch is not None:
+            scalars = self._stop(trainer).scalars()
+            pl_module.log_dict({f"train/{name}": value for name, value in scalars.items()})
 
     def on_validation_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Begin to watch."""
-        adapter, names = _routed(pl_module), _routed(pl_module).stacked.names
-        owner = {task: number for number, name in enumerate(names) for task in adapter.stacked.tasks[name]}
-        self._counts = {
-            name: torch.zeros(_SUMS + len(names), dtype=torch.float64, device=pl_module.device)
-            for name in adapter.layers
-        }
-        assert isinstance(pl_module, CausalLMModule)
-        assert pl_module.model is not None
-        self._handles = [pl_module.model.register_forward_pre_hook(self._see_mask, with_kwargs=True)]
-        for name, layer in adapter.layers.items():
-            see = partial(self._see_routing, name, adapter, owner)
-            self._handles.append(layer.router.register_forward_hook(see))
+        if not trainer.sanity_checking:
+            self._watch = _Watch(pl_module)
 
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Log, write and draw."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        adapter = _routed(pl_module)
-        counts = all_sum(trainer.strategy, torch.stack(list(self._counts.values()))).cpu()  # (layers, 5 + E)
-        if trainer.sanity_checking or not bool(counts[:, 0].all()):
+        if self._watch is None:
             return
-        tokens, abstained, entropy, known, right = counts[:, :_SUMS].T
-        load = counts[:, _SUMS:] / tokens[:, None]
-        accuracy = right / known
-        scalars = {
-            "routing/entropy": (entropy / tokens).mean(),
-            "routing/abstained": (abstained / tokens).mean(),
-            "routing/load_max": load.max(),
-            "routing/accuracy": accuracy.mean(),
-        }
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                pl_module.log(name, float(value))
-        rows = [
-            [layer, *(round(float(value), 6) for value in (*facts, *loads))]
-            for layer, facts, loads in zip(
-                adapter.layers,
-                torch.stack([accuracy, entropy / tokens, abstained / tokens], 1),
-                load,
-                strict=True,
-            )
-        ]
-        self._publish(trainer, ["layer", "accuracy", "entropy", "abstained", *adapter.stacked.names], rows)
+        report = self._stop(trainer)
+        if scalars := report.scalars():
+            pl_module.log_dict(scalars)
+            self._publish(trainer, *report.table())
 
     def on_test_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Do what validation does."""
@@ -123,41 +126,36 @@ class RoutingReport(lightning.Callback):
         """Do what validation does."""
         self.on_validation_epoch_end(trainer, pl_module)
 
-    def _see_mask(self, model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        mask = arguments.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    def _see_routing(
-        self,
-        name: str,
-        adapter: RoutedAdapter,
-        owner: dict[str, int],
-        router: nn.Module,
-        inputs: tuple[Tensor, Any],
-        routing: Routing,
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        x = inputs[0]
-        rows, positions = x.shape[:2]
-        if positions == 1:  # a token that is being generated
-            return
-        mask = x.new_ones(rows, positions) if self._mask is None else self._mask[:, -positions:]
-        tasks = adapter.state.tasks
-        own = [owner.get(task, -1) for task in tasks] if len(tasks) == rows else [-1] * rows
-        weight = dense_weights(routing, len(adapter.stacked.names), (rows, positions))
-        self._counts[name] += routing_counts(weight, mask, torch.tensor(own, device=x.device))
+        """Stop watching."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _stop(self, trainer: lightning.Trainer) -> Report:
+        """Sum over all ranks."""
+        assert self._watch is not None
+        watch, self._watch = self._watch, None
+        watch.stop()
+        sums = all_sum(trainer.strategy, torch.stack(list(watch.sums.values()))).cpu().double()
+        return Report(tuple(watch.sums), watch.experts, tuple(watch.owner), sums)
 
     def _publish(self, trainer: lightning.Trainer, columns: list[str], rows: list[list[Any]]) -> None:
         root = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        set_aside(root / "routing.csv")
-        with complete_file(root / "routing.csv") as file, file.open("w", encoding="utf-8", newline="") as out:
+        table, picture = root / "routing.csv", root / "routing.png"
+        if not self._written:  # those of an earlier run
+            set_aside(table)
+            set_aside(picture)
+        self._written = True
+        with complete_file(table) as file, file.open("w", encoding="utf-8", newline="") as out:
             writer = csv.writer(out, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows(rows)
-        picture = root / "routing.png"
         if self.image:
-            set_aside(picture)
             with complete_file(picture) as file:
                 routing_figure(columns, rows).savefig(file, dpi=120)
         for logger in trainer.loggers:
@@ -165,6 +163,160 @@ class RoutingReport(lightning.Callback):
                 logger.log_table("routing", columns=columns, data=rows)
                 if self.image:
                     logger.log_image("routing_heat", [str(picture)])
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sums over tokens, and what they mean.
+
+    Attributes:
+        layers: Names of the layers (L).
+        experts: Names of the experts (E).
+        tasks: Tasks that one expert has for itself (T).
+        sums: What `token_sums` returns, of each layer (L, 3 + E + 2T).
+    """
+
+    layers: tuple[str, ...]
+    experts: tuple[str, ...]
+    tasks: tuple[str, ...]
+    sums: Tensor
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        E, T = len(self.experts), len(self.tasks)
+        return torch.split(self.sums, [1, 1, 1, E, T, T], dim=1)
+
+    def scalars(self) -> dict[str, float]:
+        """Return what is logged, without what applied to no token."""
+        tokens, abstained, entropy, load, right, known = self._parts()
+        mean = load / tokens
+        nats = (entropy / (tokens - abstained)).nanmean()
+        values = {
+            "routing/abstained": (abstained / tokens).nanmean(),
+            "routing/entropy": nats,
+            "routing/entropy_share": nats / math.log(max(len(self.experts), 2)),
+            "routing/load_max": mean.max(),
+            "routing/load_min": mean.min(),
+            "routing/load_variation": (mean.std(1, correction=0) / mean.mean(1)).nanmean(),
+            "routing/accuracy": right.sum() / known.sum(),
+        }
+        by_task = right.sum(0) / known.sum(0)
+        values |= {f"routing/accuracy/{task}": by_task[number] for number, task in enumerate(self.tasks)}
+        return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """Return the columns, and a row for each layer; None where nothing counted."""
+        tokens, abstained, entropy, load, right, known = self._parts()
+        accuracy = right.sum(1, keepdim=True) / known.sum(1, keepdim=True)
+        facts = torch.cat([accuracy, entropy / (tokens - abstained), abstained / tokens, load / tokens], 1)
+        cells = [
+            [round(value, 6) if math.isfinite(value) else None for value in row] for row in facts.tolist()
+        ]
+        rows = [[layer, *row] for layer, row in zip(self.layers, cells, strict=True)]
+        return ["layer", "accuracy", "entropy", "abstained", *self.experts], rows
+
+
+class _Watch:
+    """Hooks on a model's routers, and what they have summed up so far, on the device."""
+
+    def __init__(self, module: lightning.LightningModule) -> None:
+        assert isinstance(module, CausalLMModule)
+        assert module.model is not None
+        self._adapter = _routed(module)
+        self.experts = self._adapter.stacked.names
+        self.owner = own_tasks(self.experts, self._adapter.stacked.tasks)
+        self._numbers = {task: number for number, task in enumerate(self.owner)}
+        self._owners = torch.tensor(list(self.owner.values()), dtype=torch.int64, device=module.device)
+        self._ends = torch.tensor(end_tokens(module), device=module.device)
+        self._mask: Tensor | None = None
+        width = 3 + len(self.experts) + 2 * len(self.owner)
+        self.sums = {name: torch.zeros(width, device=module.device) for name in self._adapter.layers}
+        self._handles: list[RemovableHandle] = [
+            module.model.register_forward_pre_hook(self._see_mask, with_kwargs=True)
+        ]
+        for name, layer in self._adapter.layers.items():
+            self._handles.append(layer.router.register_forward_hook(partial(self._see_routing, name)))
+
+    def stop(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _see_mask(self, model: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        """Keep the mask of this forward pass; another form than (B, positions so far) lets all tokens count."""
+        mask, ids = arguments.get("attention_mask"), arguments.get("input_ids")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if self._mask is not None and ids is not None and self._mask.shape[1] > ids.shape[1]:
+            # Generation goes on with end tokens in rows that have ended.
+            self._mask = self._mask[:, -ids.shape[1] :] * ~torch.isin(ids, self._ends)
+
+    def _see_routing(
+        self, name: str, router: nn.Module, inputs: tuple[Tensor, Any], routing: Routing
+    ) -> None:
+        x = inputs[0]
+        B, S = x.shape[:2]
+        # A layer may see the last positions alone, as the output head does.
+        mask = x.new_ones(B, S) if self._mask is None else self._mask[:, -S:]
+        tasks = self._adapter.state.tasks
+        numbers = [self._numbers.get(task, -1) for task in tasks] if len(tasks) == B else [-1] * B
+        weight = dense_weights(routing, len(self.experts), (B, S))
+        row_task = torch.tensor(numbers, device=x.device)
+        self.sums[name] += token_sums(weight, mask, row_task, self._owners)
+
+
+def token_sums(weight: Tensor, mask: Tensor, row_task: Tensor, owners: Tensor) -> Tensor:
+    """Sum up over tokens what is to be averaged.
+
+    Args:
+        weight: Of each expert (B, S, E).
+        mask: 1 on tokens that count (B, S).
+        row_task: The number of each row's task, -1 for none that one expert has for itself (B).
+        owners: The expert of each task (T).
+
+    Returns:
+        float32 (3 + E + 2T): tokens; those that abstain; the entropy of the shares in nats; the weight of each
+        expert; by task the tokens whose heaviest expert is the task's, and all its tokens.
+
+    >>> weight = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]])
+    >>> token_sums(weight, torch.ones(1, 3), torch.tensor([0]), torch.tensor([1])).tolist()[3:]
+    [1.5, 0.5, 0.5, 3.0]
+    """
+    counted = mask.to(weight)
+    size = weight.abs()
+    total = size.sum(-1)
+    shares = size / total.clamp(min=1e-12)[..., None]
+    entropy = torch.special.entr(shares).sum(-1)
+    answers = counted * (total > 0)
+    sums = [torch.stack([counted.sum(), counted.sum() - answers.sum(), (entropy * counted).sum()])]
+    sums.append(torch.einsum("bse,bs->e", weight, counted))
+    if not len(owners):
+        return torch.cat(sums)
+    heaviest = (weight == weight.amax(-1, keepdim=True)).to(weight)
+    own = owners[row_task.clamp(min=0)][:, None, None].expand(*weight.shape[:2], 1)
+    right = (heaviest / heaviest.sum(-1, keepdim=True)).gather(-1, own)[..., 0]
+    known = row_task >= 0
+    for values in (right * answers, counted):
+        zeros = values.new_zeros(len(owners))
+        sums.append(zeros.index_add(0, row_task.clamp(min=0), values.sum(1) * known))
+    return torch.cat(sums)
+
+
+def own_tasks(experts: Sequence[str], tasks: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Number the expert of each task that no other expert has too.
+
+    >>> own_tasks(["a", "b"], {"a": ["sums", "all"], "b": ["all", "logic"]})
+    {'sums': 0, 'logic': 1}
+    """
+    claims = Counter(task for name in experts for task in set(tasks[name]))
+    return {task: number for number, name in enumerate(experts) for task in tasks[name] if claims[task] == 1}
+
+
+def end_tokens(module: CausalLMModule) -> list[int]:
+    """Return the tokens that end a completion, those that fill it up afterwards included."""
+    assert module.model is not None
+    configured = module.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    several = configured if isinstance(configured, list) else [configured]
+    ends = {module.tokenizer.eos_token_id, module.pad_token_id, *several}
+    return sorted(token for token in ends if token is not None)
 
 
 def _routed(module: lightning.LightningModule) -> RoutedAdapter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,13 +164,60 @@ def grouped_product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         (P, m).
     """
-    # torch wants sides of a multiple of 16 bytes.
-    step = 16 // values.element_size()
+    if torch.compiler.is_compiling():  # torch traces its grouped product for bfloat16 alone
+        product: Tensor = _grouped_product(values, weights, ends)
+        return product
     rows, columns = weights.shape[1:]
-    if rows % step or columns % step:
-        weights = functional.pad(weights, (0, -columns % step, 0, -rows % step))
-        values = functional.pad(values, (0, -columns % step))
+    weights = functional.pad(weights, (0, _missing(columns, values), 0, _missing(rows, values)))
+    values = functional.pad(values, (0, _missing(columns, values)))
     return functional.grouped_mm(values, weights.transpose(1, 2), offs=ends)[:, :rows]
+
+
+def _missing(side: int, like: Tensor) -> int:
+    """How many entries a side lacks to a multiple of 16 bytes, which torch wants."""
+    return -side % (16 // like.element_size())
+
+
+@torch.library.custom_op("quiver::grouped_product", mutates_args=())
+def _grouped_product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_product`, as one node of a compiled graph."""
+    return grouped_product(values, weights, ends).contiguous()
+
+
+@_grouped_product.register_fake
+def _(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:  # noqa: ARG001
+    return values.new_empty(values.shape[0], weights.shape[1])
+
+
+@torch.library.custom_op("quiver::grouped_outer_product", mutates_args=())
+def _grouped_outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Sum up outer products of left (P, m) and right (P, n) group by group: (G, m, n)."""
+    m, n = left.shape[1], right.shape[1]
+    left = functional.pad(left, (0, _missing(m, left)))
+    right = functional.pad(right, (0, _missing(n, right)))
+    return functional.grouped_mm(left.T, right, offs=ends)[:, :m, :n].contiguous()
+
+
+@_grouped_outer_product.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    values, weights, ends = ctx.saved_tensors
+    to_values, to_weights, _ = ctx.needs_input_grad
+    return (
+        _grouped_product(gradient.contiguous(), weights.mT.contiguous(), ends) if to_values else None,
+        _grouped_outer_product(gradient.contiguous(), values, ends) if to_weights else None,
+        None,
+    )
+
+
+_grouped_product.register_autograd(_grouped_backward, setup_context=_keep)
 
 
 def dispatch(expert_index: Tensor, num_experts: int, x: Tensor) -> Dispatch:

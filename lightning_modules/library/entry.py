@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -48,11 +49,21 @@ class AdapterEntry:
     added: str
 
     def open(self) -> Expert:
-        """Open the adapter without reading its weights.
+        """Open the adapter; its weights are read when they are asked for.
 
         Raises:
-            ValueError: If a file is missing, broken or of another size than when it was added.
+            ValueError: If a file is missing, broken, or not what was added.
         """
+        for file, expected in self.checksums.items():
+            path = self.folder / file
+            if path.is_symlink() or not path.is_file():
+                raise ValueError(
+                    f"{path} is missing. Remove {self.name!r} from the library and add it again."
+                )
+            if checksum(path) != expected:
+                raise ValueError(
+                    f"{path} has changed since it was added. Remove {self.name!r} from the library and add it again."
+                )
         return open_expert(str(self.folder))
 
     @cached_property
@@ -71,6 +82,12 @@ class AdapterEntry:
         """Return what the index keeps."""
         names = [field.name for field in fields(self) if field.name not in ("name", "folder")]
         return {name: getattr(self, name) for name in names}
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_name(name: str) -> str:

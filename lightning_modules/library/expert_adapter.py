@@ -48,12 +48,20 @@ class LibraryExpert(PeftAdapter):
         """Put the expert into `model`.
 
         Raises:
-            ValueError: If the expert belongs to another base model.
+            ValueError: If the expert belongs to another base model, or its files not to each other.
         """
         check_base(self.entry, model)
         self.entry.open().fit(model)
         adapted = super().attach(model)
         file: Any = open_tensors(self.entry.folder / "adapter_model.safetensors")
-        state: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.load_state_dict(state)
+        # PEFT adds the frozen weight of a head that has factors.
+        keys = [key for key in file.keys() if not key.endswith(".base_layer.weight")]  # noqa: SIM118
+        state: dict[str, Tensor] = {key: file.get_tensor(key) for key in keys}
+        try:
+            self.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.entry.folder}: its adapter_config.json describes other weights than it holds. Remove "
+                f"{self.expert!r} and add it again."
+            ) from error
         return adapted

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_modules.files import complete_file, complete_folder
-from lightning_modules.library.entry import FACTS, AdapterEntry, check_name
+from lightning_modules.library.entry import FACTS, AdapterEntry, check_name, checksum
 from lightning_modules.library.index import Base, read_index
 from lightning_modules.library.inspect_adapter import CONFIG, WEIGHTS, inspect_adapter
 
@@ -247,9 +247,3 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
         with complete_file(self.root / INDEX) as aside:
             aside.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
         self._seen = None
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

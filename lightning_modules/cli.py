@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -127,8 +128,17 @@ def _call(place: str, arguments: list[str], program: str) -> int:
 
 
 def _spell_lists(function: Callable[..., Any], arguments: list[str]) -> list[str]:
-    """Let a list option take several values: `--names a b` is `--names+ a --names+ b` for jsonargparse."""
+    """Let lists take several values: `--names a b` is `--names+ a --names+ b` for jsonargparse.
+
+    A list without default is spelled `a b` too, as the last of the values that come before all options.
+    """
     parameters = inspect.signature(function).parameters.values()
+    required = [one for one in parameters if one.default is one.empty]
+    if required and str(required[-1].annotation).startswith("list["):
+        leading = next((i for i, one in enumerate(arguments) if one.startswith("-")), len(arguments))
+        first = len(required) - 1
+        if leading > first:
+            arguments = [*arguments[:first], json.dumps(arguments[first:leading]), *arguments[leading:]]
     lists = {f"--{one.name}" for one in parameters if str(one.annotation).startswith("list[")}
     spelled: list[str] = []
     option = None

@@ -85,10 +85,8 @@ def embed(vectors: Sequence[Tensor], trim: float = 0.5, components: int = 64, se
         )
     rows = np.empty((len(vectors), len(vectors[0])), dtype=np.float32)
     for row, vector in zip(rows, vectors, strict=True):
-        magnitudes = vector.abs()
-        count = int(trim * len(vector))
-        smallest = magnitudes.kthvalue(count).values if count else -1.0
-        row[:] = torch.where(magnitudes > smallest, vector, 0.0).numpy()
+        row[:] = vector.numpy()
+        row[vector.abs().topk(int(trim * len(vector)), largest=False).indices.numpy()] = 0
     count = min(components, len(vectors))
     reduced = TruncatedSVD(n_components=count, n_iter=5, random_state=seed).fit_transform(rows)
     return _unit(reduced.astype(np.float64))

@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 
 from datamodules.batches import Prompt
 from lightning_modules.adapters import Adapter, check_state
-from lightning_modules.library.clusters import read_clusters
+from lightning_modules.library.building import load_experts, name_experts, new_experts
 from lightning_modules.library.experts import Experts
-from lightning_modules.library.layers import ExpertStack, LoraStack, RoutedLinear, RoutingState
-from lightning_modules.library.loading import choose_experts, new_stack, open_experts, stacks_of
+from lightning_modules.library.layers import LoraStack, RoutedLinear, RoutingState
 from lightning_modules.library.mixing import Mixing, output_mixing
 from lightning_modules.library.publish import write_expert
 from lightning_modules.library.routers.base import Router, missing_descriptions
@@ -110,10 +109,8 @@ class RoutedAdapter(Adapter):
                 f"router={type(self.router).__name__} routes by what experts have learned, and new ones have learned "
                 "nothing. Set library."
             )
-        names, tasks, stacks, store = self._stacks(model)
-        settings = {"subtract": sorted(self.subtract)} if self.subtract else {}
-        self.stacked = Experts(names, tasks, stacks, store, settings, tuple(self.data_tasks or ()))
-        for layer, stack in stacks.items():
+        self.stacked = self._build(model)
+        for layer, stack in self.stacked.layers.items():
             base = model.get_submodule(layer)
             if not isinstance(base, nn.Linear):
                 raise ValueError(
@@ -264,55 +261,28 @@ class RoutedAdapter(Adapter):
     def _trained(self) -> bool:
         return self.library is None if self.train_experts is None else self.train_experts
 
-    def _stacks(
-        self, model: nn.Module
-    ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]], dict[str, ExpertStack], AdapterLibrary | None]:
-        """Load or make the experts: names, tasks, stacks by layer, and the library."""
+    def _build(self, model: nn.Module) -> Experts:
+        """Load the experts, or make new ones."""
+        data_tasks = tuple(self.data_tasks or ())
         if self.library is None:
-            own = self._new_experts()
-            targets = find_targets(model, self.target_modules)
-            made: dict[str, ExpertStack] = {
-                layer: new_stack(
-                    len(own),
-                    model.get_submodule(layer).get_parameter("weight"),
-                    self.rank,
-                    self.alpha,
-                    same_start=self.same_start,
-                )
-                for layer in targets
-            }
-            return tuple(own), own, made, None
-        library = AdapterLibrary(self.library)
+            return new_experts(
+                name_experts(self.experts, data_tasks),
+                find_targets(model, self.target_modules),
+                model,
+                self.rank,
+                self.alpha,
+                same_start=self.same_start,
+                data_tasks=data_tasks,
+            )
         assert self.experts is None or isinstance(self.experts, list)
-        general = choose_experts(library, self.subtract) if self.subtract else []
-        names = [name for name in choose_experts(library, self.experts) if name not in general]
-        if not names:
-            raise ValueError("subtract names all experts, so there is none left to route to.")
-        opened = open_experts(library, [*names, *general], model)
-        stacks = stacks_of(
-            {name: opened[name] for name in names},
+        return load_experts(
+            AdapterLibrary(self.library),
+            self.experts,
+            self.subtract or [],
             model,
             trained=self._trained,
-            subtract=[opened[name] for name in general],
+            data_tasks=data_tasks,
         )
-        tasks = {name: library[name].tasks or (name,) for name in names}
-        return tuple(names), tasks, stacks, library
-
-    def _new_experts(self) -> dict[str, tuple[str, ...]]:
-        """Name the new experts and their tasks."""
-        known = tuple(self.data_tasks or ())
-        if isinstance(self.experts, int):
-            if self.experts < 1:
-                raise ValueError(f"experts={self.experts}: there must be at least 1.")
-            return {f"skill_{number}": known for number in range(self.experts)}
-        if isinstance(self.experts, str):
-            return {name: tuple(tasks) for name, tasks in read_clusters(self.experts).items()}
-        if isinstance(self.experts, dict):
-            return {name: tuple(tasks) for name, tasks in self.experts.items()}
-        names = self.experts or list(known)
-        if not names:
-            raise ValueError("experts: name the new experts, or say how many skills there shall be.")
-        return {name: (name,) for name in names}
 
     def _expert_factors(self, number: int) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Factors of one expert without filling, by layer: A (r, in), B (out, r), scale."""

@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules.library.adapter import RoutedAdapter
-from lightning_modules.library.layers import RoutedLinear
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.token import ArrowRouter
@@ -61,7 +60,7 @@ def _mean_weights(
     names = adapter.stacked.names
     total = torch.zeros(len(names))
 
-    def see(layer: RoutedLinear, inputs: tuple[torch.Tensor], routing: Routing) -> None:
+    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor], routing: Routing) -> None:
         total.add_(dense_weights(routing, len(names), (1, inputs[0].shape[1])).mean((0, 1)).cpu())
 
     hooks = [layer.router.register_forward_hook(see) for layer in adapter.layers.values()]

@@ -33,6 +33,7 @@ LIBRARY_COMMANDS = {
     "verify": "lightning_modules.library.commands:verify_library",
     "cluster": "lightning_modules.library.cluster_command:cluster_library",
     "route": "lightning_modules.library.route_command:route_prompts",
+    "export": "lightning_modules.library.export_command:export_library",
     "push": "lightning_modules.library.commands:push_library",
     "pull": "lightning_modules.library.commands:pull_library",
 }
@@ -51,7 +52,7 @@ Commands that train nothing:
   configs    list the configurations that come with quiver
   export     merge an adapter folder into a plain Hugging Face folder, or turn a sparse one into SHiRA
   merge      merge experts            quiver merge --method ties --experts A B --output FOLDER
-  library    keep experts in a folder: add, remove, list, show, verify, cluster, route, push, pull
+  library    keep experts in a folder: add, remove, list, show, verify, cluster, route, export, ...
 
 quiver fit -c FILE --print_config   shows every setting with its value
 quiver fit --help                   lists the options of a command

@@ -35,11 +35,7 @@ def route_prompts(
     Raises:
         ValueError: If the library is empty, the base model unknown, or the router does not suit the experts.
     """
-    store = AdapterLibrary(library)
-    source = base or next((entry.base for entry in store.values() if entry.base), None)
-    if source is None:
-        raise ValueError(f"library={library!r}: its experts do not name a base model. Give it with --base.")
-    place = resolve_model(source)
+    place = resolve_model(base_of(AdapterLibrary(library), base))
     tokenizer = AutoTokenizer.from_pretrained(place)
     adapter = RoutedAdapter(router, library, experts)
     model = adapter.attach(AutoModelForCausalLM.from_pretrained(place)).eval()
@@ -50,6 +46,24 @@ def route_prompts(
         heaviest = sorted(weights.items(), key=lambda pair: -pair[1])[:max_experts]
         for name, weight in heaviest:
             print(f"  {weight:6.3f}  {name}")  # noqa: T201
+
+
+def base_of(library: AdapterLibrary, base: str | None) -> str:
+    """Return the base model of a library's experts.
+
+    Args:
+        library: The library.
+        base: What the user says; None takes what the experts name.
+
+    Raises:
+        ValueError: If nobody names it.
+    """
+    source = base or next((entry.base for entry in library.values() if entry.base), None)
+    if source is None:
+        raise ValueError(
+            f"library: the experts of {library.root} do not name a base model. Give it with --base."
+        )
+    return source
 
 
 @torch.no_grad()

@@ -110,3 +110,38 @@ def test_a_thousand_experts(here):
     torch.manual_seed(0)
     assert AdapterLibrary("lib").add(here / "blue").name == "blue"
     assert len(AdapterLibrary("lib")) == 1001
+
+
+def test_route_and_export(tiny_model, tmp_path, monkeypatch, capsys):
+    """On a real model: routes are printed, and a mixture becomes an adapter that PEFT loads."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lightning_modules import RoutedAdapter, TaskRouter, UniformRouter
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    first = RoutedAdapter(TaskRouter(), experts=["a", "b"], rank=2)
+    first.source = tiny_model
+    first.attach(AutoModelForCausalLM.from_pretrained(tiny_model))
+    for layer in first.layers.values():
+        torch.nn.init.normal_(layer.experts.B)
+    first.publish(AdapterLibrary("lib", create=True))
+    assert quiver("route", "lib", "Say hello", "2 + 2", "--router", "ArrowRouter", "--router.top_k", "1") == 0
+    out = capsys.readouterr().out
+    assert "'Say hello'" in out
+    weights = [float(line.split()[0]) for line in out.splitlines() if line.startswith("  ")]
+    assert sum(weights) == pytest.approx(2.0, abs=0.01)
+    assert quiver("export", "lib", "mixed") == 0
+    ids = torch.arange(1, 9)[None]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), "mixed").eval()
+    routed = RoutedAdapter(UniformRouter(), library="lib").attach(
+        AutoModelForCausalLM.from_pretrained(tiny_model)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, routed.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    assert quiver("export", "lib", "mixed") == 1
+    assert "exists already" in capsys.readouterr().err
+    assert quiver("export", "lib", "arrow", "--router", "ArrowRouter", "--router.top_k", "1") == 1
+    assert "Export the routed model as a library" in capsys.readouterr().err

@@ -122,6 +122,8 @@ class TextDataModule(LightningDataModule):
             split: `train`, `val` or `test`; loaded if it is not yet.
         """
         rows = self._split_rows(split)
+        if self.row_format.task_column is None and len(rows):
+            return [self._parse(split, 0, rows[0]).task]
         return sorted({self._parse(split, index, rows[index]).task for index in range(len(rows))})
 
     def examples(self, tasks: Sequence[str], number: int, split: Split = "train") -> list[Prompt]:

@@ -93,6 +93,8 @@ class AdapterLibraryModule(SFTModule):
         self.hparams.pop("adapter", None)
         self.left_out = [name for name in self.left_out if name != "adapter"]
 
+    _tasks: Sequence[str] = ()
+
     def configure_model(self) -> None:
         """Load the model, the experts and the router; experts are described by examples where the router asks.
 
@@ -103,8 +105,7 @@ class AdapterLibraryModule(SFTModule):
         if self.model is not None:
             return
         datamodule: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-        if datamodule is not None:
-            self.adapter.data_tasks = datamodule.task_names()
+        self.adapter.data_tasks = _task_names(datamodule, "train")
         self.adapter.defer_descriptions = True
         super().configure_model()
         if self.adapter.router.num_examples:
@@ -163,13 +164,17 @@ class AdapterLibraryModule(SFTModule):
         """Name the metrics of validation, for all rows and for each task."""
         names = super().evaluation_metrics()
         datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            return names
-        tasks = datamodule.task_names("test" if self.trainer.testing else "val")
-        return [*names, *(f"{name}/{task}" for name in names for task in tasks)]
+        self._tasks = _task_names(datamodule, "test" if self.trainer.testing else "val")
+        return [*names, *(f"{name}/{task}" for name in names for task in self._tasks)]
 
     def add_metric(self, name: str, value: Tensor, task: str, mask: Tensor | None = None) -> None:
         """Add to the mean over all rows and to that of the row's task."""
         super().add_metric(name, value, task, mask)
-        if getattr(self.trainer, "datamodule", None) is not None:
+        if task in self._tasks:
             self.evaluation_means.add(f"{name}/{task}", value, mask)
+
+
+def _task_names(datamodule: Any, split: str) -> list[str]:
+    """Name the tasks of a split; none for data of another making than ours, which says nothing of tasks."""
+    names: list[str] = datamodule.task_names(split) if hasattr(datamodule, "task_names") else []
+    return names

@@ -8,8 +8,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from lightning_modules.distributed import all_sum
 from lightning_modules.files import complete_file, set_aside
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.mixing import Routing
-from lightning_modules.library.watch import dense_weights
+from lightning_modules.library.watch import dense_weights, own_tasks, token_sums
 
 
 class RoutingReport(lightning.Callback):
@@ -261,53 +259,6 @@ class _Watch:
         weight = dense_weights(routing, len(self.experts), (B, S))
         row_task = torch.tensor(numbers, device=x.device)
         self.sums[name] += token_sums(weight, mask, row_task, self._owners)
-
-
-def token_sums(weight: Tensor, mask: Tensor, row_task: Tensor, owners: Tensor) -> Tensor:
-    """Sum up over tokens what is to be averaged.
-
-    Args:
-        weight: Of each expert (B, S, E).
-        mask: 1 on tokens that count (B, S).
-        row_task: The number of each row's task, -1 for none that one expert has for itself (B).
-        owners: The expert of each task (T).
-
-    Returns:
-        float32 (3 + E + 2T): tokens; those that abstain; the entropy of the shares in nats; the weight of each
-        expert; by task the tokens whose heaviest expert is the task's, and all its tokens.
-
-    >>> weight = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]])
-    >>> token_sums(weight, torch.ones(1, 3), torch.tensor([0]), torch.tensor([1])).tolist()[3:]
-    [1.5, 0.5, 0.5, 3.0]
-    """
-    counted = mask.to(weight)
-    size = weight.abs()
-    total = size.sum(-1)
-    shares = size / total.clamp(min=1e-12)[..., None]
-    entropy = torch.special.entr(shares).sum(-1)
-    answers = counted * (total > 0)
-    sums = [torch.stack([counted.sum(), counted.sum() - answers.sum(), (entropy * counted).sum()])]
-    sums.append(torch.einsum("bse,bs->e", weight, counted))
-    if not len(owners):
-        return torch.cat(sums)
-    heaviest = (weight == weight.amax(-1, keepdim=True)).to(weight)
-    own = owners[row_task.clamp(min=0)][:, None, None].expand(*weight.shape[:2], 1)
-    right = (heaviest / heaviest.sum(-1, keepdim=True)).gather(-1, own)[..., 0]
-    known = row_task >= 0
-    for values in (right * answers, counted):
-        zeros = values.new_zeros(len(owners))
-        sums.append(zeros.index_add(0, row_task.clamp(min=0), values.sum(1) * known))
-    return torch.cat(sums)
-
-
-def own_tasks(experts: Sequence[str], tasks: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Number the expert of each task that no other expert has too.
-
-    >>> own_tasks(["a", "b"], {"a": ["sums", "all"], "b": ["all", "logic"]})
-    {'sums': 0, 'logic': 1}
-    """
-    claims = Counter(task for name in experts for task in set(tasks[name]))
-    return {task: number for number, name in enumerate(experts) for task in tasks[name] if claims[task] == 1}
 
 
 def end_tokens(module: CausalLMModule) -> list[int]:

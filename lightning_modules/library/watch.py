@@ -1,9 +1,12 @@
 """Measures what a router does in one layer: load of each expert, entropy, accuracy, abstention.
 
-Shapes: B rows, S positions, E experts, k chosen ones, H heads.
+Shapes: B rows, S positions, E experts, T tasks that one expert has for itself.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,34 +38,48 @@ def dense_weights(routing: Routing, num_experts: int, shape: tuple[int, int]) ->
     return weight.expand(*shape, num_experts)
 
 
-def routing_counts(weight: Tensor, mask: Tensor, own: Tensor) -> Tensor:
-    """Sum up what is to be averaged over tokens.
+def token_sums(weight: Tensor, mask: Tensor, row_task: Tensor, owners: Tensor) -> Tensor:
+    """Sum up over tokens what is to be averaged.
 
     Args:
         weight: Of each expert (B, S, E).
         mask: 1 on tokens that count (B, S).
-        own: The expert of each row's task, -1 for none (B).
+        row_task: The number of each row's task, -1 for none that one expert has for itself (B).
+        owners: The expert of each task (T).
 
     Returns:
-        float64 (5 + E): tokens, tokens whose base answers alone, summed entropy in nats of the weights' shares,
-        tokens whose task has an expert, those of them that weigh it most, and the summed weight of each expert.
+        float32 (3 + E + 2T): tokens; those that abstain; the entropy of the shares in nats; the weight of each
+        expert; by task the tokens whose heaviest expert is the task's, and all its tokens.
 
-    >>> weight = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
-    >>> routing_counts(weight, torch.ones(1, 2), torch.tensor([0])).tolist()[3:]
-    [2.0, 2.0, 1.5, 0.5]
+    >>> weight = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]])
+    >>> token_sums(weight, torch.ones(1, 3), torch.tensor([0]), torch.tensor([1])).tolist()[3:]
+    [1.5, 0.5, 0.5, 3.0]
     """
-    counted = mask.bool()
-    total = weight.abs().sum(-1)
-    shares = weight.abs() / total.clamp(min=1e-12)[..., None]
-    entropy = -(shares * shares.clamp(min=1e-12).log()).sum(-1)
-    known = counted & (own >= 0)[:, None]
-    right = known & (weight.argmax(-1) == own[:, None]) & (total > 0)
-    sums = [
-        counted.sum(),
-        (counted & (total == 0)).sum(),
-        (entropy * counted).sum(),
-        known.sum(),
-        right.sum(),
-    ]
-    load = (weight * counted[..., None]).sum((0, 1))
-    return torch.cat([torch.stack([one.double() for one in sums]), load.double()])
+    counted = mask.to(weight)
+    size = weight.abs()
+    total = size.sum(-1)
+    shares = size / total.clamp(min=1e-12)[..., None]
+    entropy = torch.special.entr(shares).sum(-1)
+    answers = counted * (total > 0)
+    sums = [torch.stack([counted.sum(), counted.sum() - answers.sum(), (entropy * counted).sum()])]
+    sums.append(torch.einsum("bse,bs->e", weight, counted))
+    if not len(owners):
+        return torch.cat(sums)
+    heaviest = (weight == weight.amax(-1, keepdim=True)).to(weight)
+    own = owners[row_task.clamp(min=0)][:, None, None].expand(*weight.shape[:2], 1)
+    right = (heaviest / heaviest.sum(-1, keepdim=True)).gather(-1, own)[..., 0]
+    known = row_task >= 0
+    for values in (right * answers, counted):
+        zeros = values.new_zeros(len(owners))
+        sums.append(zeros.index_add(0, row_task.clamp(min=0), values.sum(1) * known))
+    return torch.cat(sums)
+
+
+def own_tasks(experts: Sequence[str], tasks: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Number the expert of each task that no other expert has too.
+
+    >>> own_tasks(["a", "b"], {"a": ["sums", "all"], "b": ["all", "logic"]})
+    {'sums': 0, 'logic': 1}
+    """
+    claims = Counter(task for name in experts for task in set(tasks[name]))
+    return {task: number for number, name in enumerate(experts) for task in tasks[name] if claims[task] == 1}

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 
 from callbacks import RoutingReport
 from callbacks.routing_figure import routing_figure
-from callbacks.routing_report import own_tasks, token_sums
 from datamodules import JsonlDataModule
 from lightning_modules import AdapterLibraryModule, SFTModule
 from lightning_modules.library.mixing import factor_mixing
@@ -31,6 +30,7 @@ from lightning_modules.library.routers.learned import LinearRouter
 from lightning_modules.library.routers.poly import PolyRouter
 from lightning_modules.library.routers.token import ArrowRouter
 from lightning_modules.library.store import AdapterLibrary
+from lightning_modules.library.watch import own_tasks, token_sums
 from lightning_modules.sampling import Sampling
 
 NAMES = ["ada", "bob", "cy"]

@@ -47,6 +47,8 @@ class AdapterLibraryModule(SFTModule):
         router_lr: Learning rate of what the router learns; None is the optimiser's own.
         subtract: Experts whose mean is taken off the others as general knowledge.
         same_start: New experts start from the same A.
+        tasks: The tasks that new experts and learned routers are for; None takes those of the training data. A
+            checkpoint remembers them.
         **kwargs: Arguments of `SFTModule`, without `adapter`.
 
     Raises:
@@ -68,6 +70,7 @@ class AdapterLibraryModule(SFTModule):
         router_lr: float | None = None,
         subtract: list[str] | None = None,
         same_start: bool = False,
+        tasks: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.pop("adapter", None) is not None:
@@ -88,6 +91,7 @@ class AdapterLibraryModule(SFTModule):
             subtract,
             same_start,
         )
+        adapter.data_tasks = tasks
         super().__init__(adapter=adapter, **kwargs)
         # A checkpoint rebuilds it from the arguments above; it is none of its own.
         self.hparams.pop("adapter", None)
@@ -105,7 +109,9 @@ class AdapterLibraryModule(SFTModule):
         if self.model is not None:
             return
         datamodule: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-        self.adapter.data_tasks = _task_names(datamodule, "train")
+        if self.adapter.data_tasks is None:
+            self.adapter.data_tasks = _task_names(datamodule, "train") or None
+            self.hparams["tasks"] = self.adapter.data_tasks
         self.adapter.defer_descriptions = True
         super().configure_model()
         if self.adapter.router.num_examples:

@@ -153,6 +153,22 @@ def test_grpo_routes_the_rows_that_run(tiny_model, tmp_path, monkeypatch):
     assert all(bool(layer.experts.B.detach()[e].any()) for layer in adapter.layers.values() for e in range(2))
 
 
+@pytest.mark.parametrize("router", ["TaskRouter", "PolyRouter", "LinearRouter"])
+def test_a_checkpoint_rebuilds_the_module(tiny_model, tmp_path, monkeypatch, router):
+    """Tasks that came from the data included; no data is at hand then."""
+    monkeypatch.chdir(tmp_path)
+    write_tasks()
+    library_of(tiny_model)
+    assert main(["fit", "-c", run_file(tiny_model, router, "run", 6)]) == 0
+    again = AdapterLibraryModule.load_from_checkpoint("run/last.ckpt", weights_only=True)
+    state = learned("run")
+    assert again.adapter.state_dict().keys() == state.keys()
+    for name, value in again.adapter.state_dict().items():
+        assert torch.equal(value, state[name])
+    again.adapter.route(["more"], [""])
+    assert again(torch.arange(1, 9)[None]).logits.isfinite().all()
+
+
 def test_exported_experts_hold_what_was_trained(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tasks()

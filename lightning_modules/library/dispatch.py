@@ -168,8 +168,9 @@ def grouped_product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         product: Tensor = _grouped_product(values, weights, ends)
         return product
     rows, columns = weights.shape[1:]
-    weights = functional.pad(weights, (0, _missing(columns, values), 0, _missing(rows, values)))
-    values = functional.pad(values, (0, _missing(columns, values)))
+    if _missing(rows, values) or _missing(columns, values):  # else padding would copy all weights
+        weights = functional.pad(weights, (0, _missing(columns, values), 0, _missing(rows, values)))
+        values = functional.pad(values, (0, _missing(columns, values)))
     return functional.grouped_mm(values, weights.transpose(1, 2), offs=ends)[:, :rows]
 
 

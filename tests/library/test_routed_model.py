@@ -10,6 +10,7 @@ from peft import ArrowConfig, LoraConfig, PeftModel, PolyConfig, create_arrow_mo
 from transformers import AutoModelForCausalLM
 
 from lightning_modules import AdapterLibraryModule, RoutedAdapter
+from lightning_modules.library import mixing
 from lightning_modules.library.mixing import factor_mixing, output_mixing
 from lightning_modules.library.routers.fixed import TaskRouter, UniformRouter, WeightsRouter
 from lightning_modules.library.routers.learned import LinearRouter
@@ -268,7 +269,10 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, library, router):
 @pytest.mark.parametrize(
     "router", [ArrowRouter(2), TaskRouter(), UniformRouter()], ids=lambda o: type(o).__name__
 )
-def test_a_layer_compiles_without_graph_break(tiny_model, library, router):
+@pytest.mark.parametrize("few", [0, 512], ids=["sorted", "all at once"])
+def test_a_layer_compiles_without_graph_break(tiny_model, library, router, few, monkeypatch):
+    monkeypatch.setattr(mixing, "_FEW_FLOAT32", few)
+    torch.compiler.reset()
     _, adapter = routed(tiny_model, router, library=library)
     adapter.route(["cy", "ada", "bob"], [""] * 3)
     layer = adapter.layers["model.layers.0.self_attn.q_proj"]
@@ -278,7 +282,9 @@ def test_a_layer_compiles_without_graph_break(tiny_model, library, router):
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_layer_has_the_same_gradients(tiny_model, library):
+def test_a_compiled_layer_has_the_same_gradients(tiny_model, library, monkeypatch):
+    monkeypatch.setattr(mixing, "_FEW_FLOAT32", 0)
+    torch.compiler.reset()
     _, adapter = routed(tiny_model, LinearRouter(2, init=2.0), library=library, train_experts=True)
     layer = adapter.layers["model.layers.0.self_attn.q_proj"]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

@@ -44,6 +44,7 @@ class TokenRouter(Router):
         self.top_k = top_k
         self.temperature = temperature
         self.threshold = threshold
+        self._some_absent = True
 
     def prepare(self, experts: Experts) -> None:
         """Make the arrays that experts are scored by.
@@ -67,8 +68,10 @@ class TokenRouter(Router):
             own = super().for_layer(layer)
         finally:
             self._tables, self._present = tables, present
+        assert isinstance(own, TokenRouter)
         own.register_buffer("table", tables[layer].to(present[layer].device).contiguous(), persistent=False)
         own.register_buffer("present", present[layer], persistent=False)
+        own._some_absent = not bool(present[layer].all())  # known here, so that no forward pass has to ask
         return own
 
     @abstractmethod
@@ -89,7 +92,9 @@ class TokenRouter(Router):
     def forward(self, x: Tensor, rows: None) -> Routing:
         """Return the best experts of each token (B, S, k), their weights summing to 1 or, abstaining, to 0."""
         # An expert that leaves this layer alone has no say in it.
-        scores = self.scores(x).float().masked_fill(~self.get_buffer("present"), -torch.inf)
+        scores = self.scores(x).float()
+        if self._some_absent:
+            scores = scores.masked_fill(~self.get_buffer("present"), -torch.inf)
         index = None
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             scores, index = scores.topk(self.top_k, dim=-1)

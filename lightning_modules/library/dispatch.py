@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_WIDE = 2**21  # elements; measured on a server CPU with benchmarks/routing.py
+_WIDE, _UNEVEN = (
+    2**21,
+    0.1,
+)  # elements, and a share of pairs; measured on a server CPU with benchmarks/routing.py
 
 
 class Dispatch(ABC):
@@ -102,7 +105,7 @@ class TiledDispatch(Dispatch):
     def __init__(self, expert_index: Tensor, num_experts: int) -> None:
         super().__init__(expert_index, num_experts)
         pairs = len(self.order)
-        self._places = math.ceil(1.25 * pairs / num_experts) + 1
+        self._places = _places(pairs, num_experts)
         counts = self._counts()
         rank = torch.arange(pairs) - (counts.cumsum(0) - counts)[self._expert]
         fits = rank < self._places
@@ -234,8 +237,17 @@ def dispatch(expert_index: Tensor, num_experts: int, x: Tensor) -> Dispatch:
         return GroupedDispatch(expert_index, num_experts)
     if num_experts >= 4 * pairs:
         return LoopedDispatch(expert_index, num_experts)
-    # Tiles hold more than the pairs, which costs more than it saves where float32 pairs outgrow the cache.
-    wide = x.dtype == torch.float32 and pairs * x.shape[-1] > _WIDE
-    if wide or num_experts > pairs:
+    if num_experts > pairs:
         return GroupedDispatch(expert_index, num_experts)
+    if x.dtype == torch.float32:  # of which single small products are fast
+        counts = expert_index.flatten().bincount(minlength=num_experts)
+        left_over = int((counts - _places(pairs, num_experts)).clamp(min=0).sum())
+        # Tiles hold more than the pairs, which costs more than it saves where these outgrow the cache.
+        if pairs * x.shape[-1] > _WIDE or left_over > pairs * _UNEVEN:
+            return GroupedDispatch(expert_index, num_experts)
     return TiledDispatch(expert_index, num_experts)
+
+
+def _places(pairs: int, num_experts: int) -> int:
+    """Places for each expert in tiles: a little more than an even share."""
+    return math.ceil(1.25 * pairs / num_experts) + 1

@@ -125,7 +125,8 @@ def _with_all(routing: Routing, x: Tensor, A: Tensor) -> Routing:
     if routing.index is None or routing.index.dim() != 3:
         return routing
     exact_on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
-    if A.shape[0] * A.shape[1] > (_FEW_FLOAT32 if exact_on_cpu else _FEW):
+    ranks = A.shape[0] * A.shape[1]
+    if ranks > (_FEW_FLOAT32 if exact_on_cpu else _FEW) or ranks > routing.index.numel():
         return routing
     zeros = routing.weight.new_zeros(*routing.weight.shape[:-1], len(A))
     return Routing(zeros.scatter_add(-1, routing.index, routing.weight))

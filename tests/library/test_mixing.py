@@ -128,6 +128,7 @@ def test_shapes_choose_the_way():
 
     assert way(1, 64, 576) is LoopedDispatch
     assert way(512, 64, 576) is TiledDispatch
+    assert way(512, 64, 576, even=False) is GroupedDispatch
     assert way(512, 64, 2048) is GroupedDispatch
     assert way(16, 100, 576) is GroupedDispatch
 

@@ -1,4 +1,4 @@
-r"""Builds small libraries on 16 tasks and routes through them: private, shared and clustered (MBC), eleven routers.
+r"""Builds small libraries on 16 tasks and routes through them: private, shared and clustered (MBC), many routers.
 
     python benchmarks/library_small.py --data ../shared/data/instruction_induction --work runs/library_small \
         --out docs/results/library_small.jsonl

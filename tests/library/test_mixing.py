@@ -121,10 +121,9 @@ def test_ways_of_sending_pairs_agree(num_experts, tokens, rank, k, seed, uneven)
 
 
 def test_shapes_choose_the_way():
-    def way(tokens, num_experts, width):
-        return type(
-            dispatch(torch.zeros(tokens, 4, dtype=torch.int64), num_experts, torch.zeros(tokens, width))
-        )
+    def way(tokens, num_experts, width, even=True):
+        index = torch.arange(tokens * 4).view(tokens, 4) % (num_experts if even else 2)
+        return type(dispatch(index, num_experts, torch.zeros(tokens, width)))
 
     assert way(1, 64, 576) is LoopedDispatch
     assert way(512, 64, 576) is TiledDispatch

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 
 from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.checkpoint_io import CompleteCheckpointIO
 from lightning_modules.export import save_adapter
 
 
@@ -47,8 +48,6 @@ class AdapterExport(lightning.Callback):
         root = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.fast_dev_run or not self._trained:  # type: ignore[attr-defined]
             return
-        if not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, CausalLMModule)  # see `setup`
         logged = trainer.callback_metrics
         # Without timings, and without what is logged a second time for the progress bar.
@@ -57,26 +56,33 @@ class AdapterExport(lightning.Callback):
             for name, value in logged.items()
             if "/time/" not in name and f"train/{name}" not in logged
         }
-        self._export(trainer, pl_module, root / self.folder, trainer.global_step, metrics)
+        # Under sharding all ranks gather what one of them writes.
+        state = pl_module.adapter.state_dict()
+        self._export(trainer, pl_module, state, root / self.folder, trainer.global_step, metrics)
         best = _best_checkpoint(trainer)
-        if best is not None:
-            checkpoint = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
-            last = {name: tensor.clone() for name, tensor in pl_module.adapter.state_dict().items()}
-            pl_module.adapter.load_state_dict(checkpoint["state_dict"])
-            scores = {str(best.monitor): float(best.best_model_score)}  # type: ignore[arg-type]
-            steps = checkpoint["global_step"]
-            self._export(trainer, pl_module, root / f"{self.folder}-best", steps, scores)
-            pl_module.adapter.load_state_dict(last)
+        if best is None:
+            return
+        checkpoint = CompleteCheckpointIO().load_checkpoint(best.best_model_path)
+        last = {name: tensor.clone() for name, tensor in state.items()}
+        pl_module.adapter.load_state_dict(checkpoint["state_dict"])
+        scores = {str(best.monitor): float(best.best_model_score)}  # type: ignore[arg-type]
+        steps = checkpoint["global_step"]
+        state = pl_module.adapter.state_dict()
+        self._export(trainer, pl_module, state, root / f"{self.folder}-best", steps, scores)
+        pl_module.adapter.load_state_dict(last)
 
     def _export(
         self,
         trainer: lightning.Trainer,
         module: CausalLMModule,
+        state: dict[str, Tensor],
         folder: Path,
         steps: int,
         metrics: dict[str, float],
     ) -> None:
-        save_adapter(module, folder, steps=steps, metrics=metrics)
+        if not trainer.is_global_zero:
+            return
+        save_adapter(module, folder, steps=steps, metrics=metrics, state=state)
         for logger in trainer.loggers:
             if self.artifact and isinstance(logger, WandbLogger):
                 import wandb
@@ -91,6 +97,6 @@ def _best_checkpoint(trainer: lightning.Trainer) -> ModelCheckpoint | None:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
             continue
-        if callback.best_model_path and Path(callback.best_model_path).is_file():
+        if callback.best_model_path and Path(callback.best_model_path).exists():
             return callback
     return None

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as lightning
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from callbacks.graceful_stop import GracefulStop
 from datamodules.base import TextDataModule
@@ -19,6 +19,7 @@ from datamodules.rows import DEFAULT_TASK
 from lightning_modules.adapters import PeftAdapter
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.export import name_base
+from lightning_modules.files import complete_folder
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.entry import AdapterEntry, check_name
 from lightning_modules.library.expert_adapter import LibraryExpert
@@ -119,8 +120,9 @@ class LibraryExport(lightning.Callback):
         if isinstance(adapter, RoutedAdapter):
             self._check_free(_open(self.library), _new_names(adapter, self.library, self.prefix))
         elif isinstance(adapter, PeftAdapter):  # small before training as after it
+            state = adapter.state_dict()
             with tempfile.TemporaryDirectory() as aside:
-                adapter.write(Path(aside))
+                adapter.write(Path(aside), state)
                 try:
                     inspect_adapter(Path(aside))
                 except ValueError as error:
@@ -141,9 +143,14 @@ class LibraryExport(lightning.Callback):
         root = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         stops = [one for one in trainer.callbacks if isinstance(one, GracefulStop)]  # type: ignore[attr-defined]
         stopped = trainer.interrupted or any(one.stopped for one in stops)
-        if trainer.fast_dev_run or stopped or not self._trained or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or stopped or not self._trained:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, CausalLMModule)
+        # Under sharding all ranks gather what one of them writes.
+        state = pl_module.adapter.state_dict()
+        fingerprints = {} if isinstance(pl_module.adapter, RoutedAdapter) else _fingerprints(pl_module)
+        if not trainer.is_global_zero:
+            return
         metrics = {
             name.removeprefix("val/"): float(value)
             for name, value in trainer.callback_metrics.items()
@@ -152,14 +159,15 @@ class LibraryExport(lightning.Callback):
         try:
             library = AdapterLibrary(self.library, create=True)
             if isinstance(pl_module.adapter, RoutedAdapter):
-                names = _add_experts(library, pl_module.adapter, self.prefix, metrics)
+                names = _add_experts(library, pl_module.adapter, self.prefix, metrics, state)
             else:
                 assert self.name is not None
                 tasks = self.tasks if self.tasks is not None else _tasks(trainer, pl_module)
-                names = [_add(library, pl_module, self.name, tasks, metrics)]
+                names = [_add(library, pl_module, self.name, tasks, metrics, state, fingerprints)]
         except (ValueError, OSError) as error:
             kept = root / "not-in-library"
-            pl_module.adapter.save(kept)
+            with complete_folder(kept) as aside:
+                pl_module.adapter.write(aside, state)
             raise ValueError(f"LibraryExport: {error} What was trained is kept as {kept}.") from error
         pl_module.print(f"Added {', '.join(names)} to the library {self.library}")
 
@@ -207,7 +215,11 @@ def _trains(adapter: RoutedAdapter) -> bool:
 
 
 def _add_experts(
-    library: AdapterLibrary, adapter: RoutedAdapter, prefix: str, metrics: Mapping[str, float]
+    library: AdapterLibrary,
+    adapter: RoutedAdapter,
+    prefix: str,
+    metrics: Mapping[str, float],
+    state: Mapping[str, Tensor],
 ) -> list[str]:
     """Add the experts of a RoutedAdapter."""
     number, free = 0, prefix
@@ -217,7 +229,7 @@ def _add_experts(
     if number:
         _warn_taken("experts", prefix, "begin with", free)
     own = {name: metrics_of(metrics, tasks) for name, tasks in adapter.stacked.tasks.items()}
-    return adapter.publish(library, own, free)
+    return adapter.publish(library, own, free, state)
 
 
 def _add(
@@ -226,6 +238,8 @@ def _add(
     name: str,
     tasks: Sequence[str],
     metrics: Mapping[str, float],
+    state: Mapping[str, Tensor],
+    fingerprints: Mapping[str, str],
 ) -> str:
     """Add one adapter."""
     number, free = 0, name
@@ -237,7 +251,7 @@ def _add(
     parent = _parent(module)
     overall = {metric: value for metric, value in metrics.items() if "/" not in metric}
     with tempfile.TemporaryDirectory() as aside:
-        module.adapter.write(Path(aside))
+        module.adapter.write(Path(aside), state)
         name_base(Path(aside) / "adapter_config.json", module.source)
         library.add(
             aside,
@@ -246,7 +260,7 @@ def _add(
             metrics={**overall, **metrics_of(metrics, tasks)},
             lineage=[parent.name] if parent else [],
             # A sparse adapter brings its own.
-            fingerprint=None if isinstance(module.adapter, SparseAdapter) else _fingerprints(module),
+            fingerprint=None if isinstance(module.adapter, SparseAdapter) else fingerprints,
         )
     return free
 

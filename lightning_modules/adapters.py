@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.batches import Prompt
+from lightning_modules.distributed import is_first_rank
 from lightning_modules.files import complete_folder
+from lightning_modules.sharding import consolidated, copy_rows, read, sharded_like
 
 
 class Adapter(ABC):
@@ -25,9 +29,13 @@ class Adapter(ABC):
 
     Attributes:
         source: The base model, as the user named it; the module sets it before `attach`.
+        reads_weights: Whether `attach` reads base weights, which under sharding may not be in memory yet.
+        joins_shards: Whether `attach` takes a model that is sharded already; else it comes before.
     """
 
     source: str | None = None
+    reads_weights: bool = False
+    joins_shards: bool = False
 
     @abstractmethod
     def attach(self, model: nn.Module) -> nn.Module:
@@ -45,20 +53,32 @@ class Adapter(ABC):
         """Return a context in which the model is the base model: the reference policy of a KL term."""
 
     @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return only what was learned, indices included, where it lies: each rank its rows of sharded tensors."""
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Return only what was learned, indices included."""
+        """Return only what was learned, indices included, in whole tensors; a collective under sharding."""
+        return consolidated(self.tensors())
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
+
+        Args:
+            state: Whole tensors, or tensors in the files of a checkpoint, by name.
 
         Raises:
             ValueError: If a tensor is missing, unknown, or of another shape.
         """
 
     @abstractmethod
-    def write(self, folder: Path) -> None:
-        """Write the files of this adapter into an existing folder."""
+    def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the files of this adapter into an existing folder.
+
+        Args:
+            folder: Where to.
+            state: What `state_dict` returns; None asks for it. Under sharding all ranks ask, and one writes.
+        """
 
     def watch(self, optimizer: Optimizer, epoch: Callable[[], int] = lambda: 0) -> None:  # noqa: B027
         """Follow an optimiser's steps. Most adapters have no need to.
@@ -84,18 +104,23 @@ class Adapter(ABC):
         """
         return parameters
 
+    def gradients_ready(self) -> None:  # noqa: B027
+        """Hear that the last backward pass of a step is over, before gradients are clipped."""
+
     def take_resized(self) -> bool:
         """Return, once, whether parameters were replaced by others since the last call."""
         return False
 
     def save(self, folder: str | Path) -> None:
-        """Write this adapter as `folder`; it appears complete or not at all.
+        """Write this adapter as `folder`; it appears complete or not at all. Rank 0 writes.
 
         Args:
             folder: The folder to make. An earlier one of this name is renamed, not overwritten.
         """
-        with complete_folder(Path(folder)) as aside:
-            self.write(aside)
+        state = self.state_dict()
+        if is_first_rank():
+            with complete_folder(Path(folder)) as aside:
+                self.write(aside, state)
 
 
 class PeftAdapter(Adapter):
@@ -117,6 +142,9 @@ class PeftAdapter(Adapter):
             )
         self.config = copy.deepcopy(config)
         self.config.task_type = self.config.task_type or TaskType.CAUSAL_LM
+        # PiSSA, DoRA and others start from the base weights.
+        plain_lora = type(config) is LoraConfig and not config.use_dora
+        self.reads_weights = not (plain_lora and config.init_lora_weights in (True, False, "gaussian"))
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Wrap `model` into a `PeftModel`; adapter weights are float32 whatever the base is."""
@@ -129,21 +157,33 @@ class PeftAdapter(Adapter):
         context: AbstractContextManager[Any] = self._model.disable_adapter()
         return context
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors under the names of PEFT's file format."""
         # "auto" would ask the hub whether the vocabulary was resized; we never resize it.
         state: dict[str, Tensor] = get_peft_model_state_dict(self._model, save_embedding_layers=False)
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the adapter's tensors."""
-        check_state(self.state_dict(), state)
-        set_peft_model_state_dict(self._model, state)
+        own = self.tensors()
+        check_state(own, state)
+        set_peft_model_state_dict(
+            self._model, {name: sharded_like(read(state[name]), tensor) for name, tensor in own.items()}
+        )
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`."""
-        self._model.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template; `export` writes a real card
+        # Not by PEFT's save_pretrained, which cannot be given tensors that were gathered before.
+        config = copy.deepcopy(self._model.peft_config["default"])
+        config.inference_mode = True
+        config.base_model_name_or_path = config.base_model_name_or_path or self._model.config._name_or_path
+        config.save_pretrained(str(folder))
+        tensors = self.state_dict() if state is None else state
+        save_file(
+            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
 
 
 class FullFineTuning(Adapter):
@@ -165,18 +205,30 @@ class FullFineTuning(Adapter):
             "Set kl_coef: 0, or train an adapter such as peft.LoraConfig."
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return every weight."""
-        return self._model.state_dict()
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every weight, those that are tied under one name."""
+        aliases = self._aliases()
+        return {name: tensor for name, tensor in self._model.state_dict().items() if name not in aliases}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def _aliases(self) -> set[str]:
+        """Further names of tied weights."""
+        every = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        return every - {name for name, _ in self._model.named_parameters()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore every weight."""
-        check_state(self.state_dict(), state)
-        self._model.load_state_dict(state)
+        own, aliases = self.tensors(), self._aliases()
+        state = {name: source for name, source in state.items() if name not in aliases}
+        check_state(own, state)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                copy_rows(tensor, state[name])
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a Hugging Face model folder without tokenizer."""
-        self._model.save_pretrained(str(folder))  # type: ignore[operator]
+        self._model.save_pretrained(  # type: ignore[operator]
+            str(folder), state_dict=dict(self.state_dict() if state is None else state)
+        )
 
 
 def as_adapter(adapter: Adapter | PeftConfig | None) -> Adapter:
@@ -186,7 +238,7 @@ def as_adapter(adapter: Adapter | PeftConfig | None) -> Adapter:
     return FullFineTuning() if adapter is None else PeftAdapter(adapter)
 
 
-def check_state(expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Check that a saved state belongs to this adapter on this model.
 
     Args:

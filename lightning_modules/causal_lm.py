@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.checkpoints import AdapterCheckpoints
-from lightning_modules.distributed import gradient_exchange, rewrap
+from lightning_modules.distributed import gradient_exchange, largest, rewrap
 from lightning_modules.evaluation import EvaluationMeans
+from lightning_modules.fsdp2 import FSDP2Strategy
 from lightning_modules.hparams import plain_hparams
+from lightning_modules.mapped_weights import cast, map_model
+from lightning_modules.sharding import is_whole, norm_of
 from lightning_modules.sources import check_model, resolve_model
 from lightning_modules.text import encode_prompts
+
+T = TypeVar("T")
 
 # Its one message here, that GGUF or adapter loading took place, repeats for every layer.
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
@@ -45,6 +52,8 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
             them as they are.
         gradient_clip_val: Largest gradient norm of an update; None does not clip.
         model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`.
+        max_skipped_updates: How many updates in a row may be left out because a loss or gradient is NaN or infinite;
+            they are counted as `train/nonfinite_updates`. One more stops the run; 0 stops at the first.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         chat_template: bool = True,
         gradient_clip_val: float | None = 1.0,
         model_kwargs: dict[str, Any] | None = None,
+        max_skipped_updates: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -74,6 +84,9 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         self._chat_template = chat_template
         self.gradient_clip_val = gradient_clip_val
         self._model_kwargs = model_kwargs or {}
+        self.max_skipped_updates = max_skipped_updates
+        self.nonfinite_updates = 0
+        self._nonfinite_in_a_row = 0
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
 
@@ -98,17 +111,12 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         """
         if self.model is not None:
             return
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         place = resolve_model(self.source)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(place)
-            base = AutoModelForCausalLM.from_pretrained(
-                place,
-                dtype=self.weights_dtype,
-                attn_implementation=self._attn_implementation,
-                **self._model_kwargs,
-            )
+            base = self._load_base(place)
         except OSError as error:
             raise ValueError(f"model={self.source!r} cannot be loaded. {error}") from error
         if self._chat_template and self.tokenizer.chat_template is None:
@@ -120,12 +128,80 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self.adapter.source = self.source
-        self.model = self.adapter.attach(base)
+        self.model = self._attach(base)
         # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         if self._gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
+
+    def _load_base(self, place: str) -> Any:
+        """Load the base model; for sharding, and where its files allow it, only where they are."""
+        from transformers import AutoModelForCausalLM
+
+        options = {"dtype": self.weights_dtype, "attn_implementation": self._attn_implementation}
+        base = None
+        if self.sharding is not None:
+            base = map_model(place, **options, model_kwargs=self._model_kwargs)
+        if base is None:
+            base = AutoModelForCausalLM.from_pretrained(place, **options, **self._model_kwargs)
+        return base
+
+    def _attach(self, base: nn.Module) -> nn.Module:
+        """Attach the adapter, and shard where the strategy does."""
+        if self.sharding is None:
+            return self.adapter.attach(base)
+        prepare = cast({id(parameter): parameter for parameter in base.parameters()}, self.weights_dtype)
+        if self.adapter.joins_shards:
+            self.sharding.shard(base, prepare)
+            return self.adapter.attach(base)
+        if self.adapter.reads_weights:
+            prepare(base)
+        model = self.adapter.attach(base)
+        self.sharding.shard(base, prepare)
+        return model
+
+    @property
+    def sharding(self) -> FSDP2Strategy | None:
+        """The strategy that shards the model; None under every other one."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, FSDP2Strategy) else None
+
+    def generating(self) -> AbstractContextManager[None]:
+        """Return the context in which the model draws completions, or runs without gradient in any number of passes.
+
+        A collective under sharding; every rank enters it equally often.
+        """
+        if self.sharding is None or self.model is None:
+            return nullcontext()
+        return self.sharding.generating(self.model)
+
+    def on_validation_start(self) -> None:
+        """Give validation random numbers of its own, and each rank the whole model if the strategy does so."""
+        super().on_validation_start()
+        self._evaluation = ExitStack()
+        self._evaluation.enter_context(self.generating())
+
+    def on_validation_end(self) -> None:
+        """Undo `on_validation_start`."""
+        self._evaluation.close()
+        super().on_validation_end()
+
+    def on_test_start(self) -> None:
+        """Do what validation does."""
+        self.on_validation_start()
+
+    def on_test_end(self) -> None:
+        """Do what validation does."""
+        self.on_validation_end()
+
+    def on_predict_start(self) -> None:
+        """Do what validation does."""
+        self.on_validation_start()
+
+    def on_predict_end(self) -> None:
+        """Do what validation does."""
+        self.on_validation_end()
 
     def check_source(self) -> None:
         """Check that the model source is usable, without loading it.
@@ -201,44 +277,96 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         """Make one optimiser update from several micro-batches, for modules with manual optimisation.
 
         Every rank must call this the same number of times, with at least one loss; the numbers of losses may
-        differ. Gradients are exchanged once.
+        differ, except under sharding, where `in_step` makes them equal. Gradients are exchanged once.
 
         Args:
             losses: Each runs a forward pass and returns the micro-batch's share of the loss. Ranks average
                 their gradients, so a share is divided by (denominator of the whole update / world size).
 
         Returns:
-            The gradient norm before clipping.
+            The gradient norm before clipping; NaN or infinite where the update was left out.
 
         Raises:
-            RuntimeError: If the norm is not finite. The weights are as before.
+            RuntimeError: If it is not finite more than `max_skipped_updates` times in a row. The weights are as
+                before.
         """
         for i, loss in enumerate(losses):
             share = loss()
             with gradient_exchange(self.trainer.strategy, enabled=i == len(losses) - 1):
                 self.manual_backward(share)
-        norm = self.clip_gradients_in_place()
+        self.adapter.gradients_ready()
+        norm = self.clip_gradients_in_place().detach()
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        optimizer.step()  # type: ignore[union-attr]
+        if not bool(norm.isfinite()):
+            self._leave_out(norm)
+        else:
+            self._nonfinite_in_a_row = 0
+            optimizer.step()  # type: ignore[union-attr]
+            if scheduler is not None:
+                scheduler.step()  # type: ignore[union-attr, call-arg]
         optimizer.zero_grad()  # type: ignore[union-attr]
         if self.adapter.take_resized():
             rewrap(self.trainer.strategy)
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
-        return norm.detach()
+        self.log("train/nonfinite_updates", float(self.nonfinite_updates), batch_size=1)
+        return norm
+
+    def _leave_out(self, norm: Tensor) -> None:
+        """Count an update without a usable gradient, the same on every rank, or stop."""
+        self.nonfinite_updates += 1
+        self._nonfinite_in_a_row += 1
+        if self._nonfinite_in_a_row > self.max_skipped_updates:
+            raise RuntimeError(
+                f"The gradient is not finite (its norm is {float(norm)}{self.nonfinite_source()}) for the "
+                f"{self._nonfinite_in_a_row}. time in a row. The weights are as before. Lower the learning rate, "
+                "look at the rows of this step, or set max_skipped_updates to leave such updates out."
+            )
+        rank_zero_warn(f"An update is left out: its gradient norm is {float(norm)}{self.nonfinite_source()}.")
+        self.count_step_without_update()
+
+    def nonfinite_source(self) -> str:
+        """Say where a gradient that is not finite comes from, as far as a subclass knows."""
+        return ""
+
+    def count_step_without_update(self) -> None:
+        """Advance Lightning's step counter, so that `max_steps` ends a run that updates nothing."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+
+    def counters(self) -> Mapping[str, int]:
+        """Return the running counts."""
+        return {"nonfinite_updates": self.nonfinite_updates}
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Continue the running counts."""
+        self.nonfinite_updates = counters.get("nonfinite_updates", 0)
+
+    def in_step(self, items: Sequence[T], filler: Callable[[], T]) -> list[T]:
+        """Make ranks run a sharded model equally often: each forward and backward pass is a collective there.
+
+        Args:
+            items: What this rank has passes for.
+            filler: Makes an item that counts nothing, for ranks that have fewer.
+
+        Returns:
+            As many items on every rank of a sharded model; else the items as they are.
+        """
+        if self.sharding is None or self.model is None or is_whole(self.model):
+            return list(items)
+        missing = largest(self.sharding, len(items)) - len(items)
+        return [*items, *(filler() for _ in range(missing))]
 
     def clip_gradients_in_place(self) -> Tensor:
         """Scale the gradients of an update down to `gradient_clip_val`.
 
         Returns:
-            Their norm before.
-
-        Raises:
-            RuntimeError: If it is not finite.
+            Their norm before, over all ranks.
         """
-        limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return torch.nn.utils.clip_grad_norm_(trained, limit, error_if_nonfinite=True)
+        trained = [p for p in self.parameters() if p.grad is not None]
+        norm = norm_of([p.grad for p in trained if p.grad is not None])
+        if self.gradient_clip_val is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.gradient_clip_val, norm)
+        return norm
 
     def route(self, batch: TextBatch, rows: Sequence[int]) -> None:
         """Tell the adapter which rows come next, for adapters that treat tasks or prompts differently.

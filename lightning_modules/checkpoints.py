@@ -7,12 +7,17 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_modules.adapters import Adapter
+from lightning_modules.checkpoint_io import CompleteCheckpointIO
 from lightning_modules.distributed import gathered, rng_state, set_rng_state
+from lightning_modules.fsdp2 import FSDP2Strategy
 from lightning_modules.optimizers import override_restored, settings
+from lightning_modules.sharded_files import whole_tensors
 
 
 class AdapterCheckpoints(lightning.LightningModule):
@@ -32,9 +37,21 @@ class AdapterCheckpoints(lightning.LightningModule):
         self._saved_settings: list[dict[str, Any]] = []
         self.left_out: list[str] = []
 
+    def setup(self, stage: str) -> None:
+        """Make checkpoints complete or invisible, and refuse to read what is not safe, under every strategy."""
+        strategy = self.trainer.strategy
+        current = strategy.checkpoint_io
+        if type(current) is AsyncCheckpointIO:
+            raise ValueError(
+                "trainer.plugins: Lightning's AsyncCheckpointIO removes an earlier checkpoint before the new one is "
+                "complete. Use lightning_modules.checkpoint_io.AsyncCompleteCheckpointIO."
+            )
+        if type(current) is TorchCheckpointIO:
+            strategy.checkpoint_io = CompleteCheckpointIO()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was learned, and add what an exact resume needs."""
-        checkpoint["state_dict"] = self.adapter.state_dict()
+        checkpoint["state_dict"] = self.adapter.tensors()  # sharded ones are gathered or divided by the strategy
         checkpoint["optimizer_settings"] = [settings(one) for one in self.trainer.optimizers]
         checkpoint["left_out"] = self.left_out
         checkpoint["rng_states"] = gathered(rng_state())
@@ -53,6 +70,8 @@ class AdapterCheckpoints(lightning.LightningModule):
                 "lambda, say) has no form that can be saved. The default is used unless you pass it again."
             )
         checkpoint["state_dict"] = {}  # done; nothing is left for Lightning to load
+        if self._trainer is None or not isinstance(self._trainer.strategy, FSDP2Strategy):
+            checkpoint["optimizer_states"] = whole_tensors(checkpoint.get("optimizer_states", []))
         self._saved_settings = checkpoint.get("optimizer_settings", [])
         self._pending_rng = checkpoint.get("rng_states")
         self.load_counters(checkpoint.get("counters", {}))

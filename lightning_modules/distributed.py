@@ -83,6 +83,17 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first_rank() -> bool:
+    """Return whether this is the process that writes files for all."""
+    return not several_ranks() or dist.get_rank() == 0
+
+
+def largest(strategy: Strategy, number: int) -> int:
+    """Return the largest number of all ranks; a collective."""
+    found = strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op="max")
+    return int(found)
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Average a tensor over all ranks, in place; a collective."""
     if several_ranks():

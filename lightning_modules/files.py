@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,12 +12,40 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk, so that it survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# A disk that is full, a quota, a limit of file size, a disk that has become read-only or fails.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
+
+
+@contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """Name a file in errors of the disk; those of `write` name none, and safetensors and torch raise their own.
+
+    Args:
+        target: What is written in the block.
+
+    Raises:
+        OSError: With `errno` and `filename`.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if said := re.search(r"os error (\d+)", str(error)):  # safetensors
+            code = int(said[1])
+        elif isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # does not say why
+            code = errno.ENOSPC if shutil.disk_usage(target.parent).free < 1 << 20 else errno.EIO
+        if code not in DISK_ERRORS or (isinstance(error, OSError) and error.filename == str(target)):
+            raise
+        raise OSError(code, os.strerror(code), str(target)) from error
 
 
 @contextmanager
@@ -41,13 +71,14 @@ def complete_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{target} cannot be made: {error}. Name a folder that can be written.") from None
     try:
-        yield aside
-        mask = os.umask(0)
-        os.umask(mask)
-        for file in (aside, *aside.rglob("*")):
-            # mkdtemp and safetensors make what they write private, whatever the user's mask says.
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-            _sync(file)
+        with naming(target):
+            yield aside
+            mask = os.umask(0)
+            os.umask(mask)
+            for file in (aside, *aside.rglob("*")):
+                # mkdtemp and safetensors make what they write private, whatever the user's mask says.
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+                sync(file)
         if not shared:
             set_aside(target)
         try:
@@ -55,7 +86,7 @@ def complete_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
         except OSError:
             if not (shared and target.is_dir()):
                 raise
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -73,10 +104,11 @@ def complete_file(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{os.getpid()}-{target.name}")
     try:
-        yield aside
-        _sync(aside)
-        aside.replace(target)
-        _sync(target.parent)
+        with naming(target):
+            yield aside
+            sync(aside)
+            aside.replace(target)
+            sync(target.parent)
     finally:
         aside.unlink(missing_ok=True)
 

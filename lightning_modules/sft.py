@@ -29,11 +29,17 @@ class MicroBatch(NamedTuple):
         rows: Their positions in the batch (b).
         prompts: Token ids (b).
         answers: Token ids, the end token included (b).
+        counts: Whether it does; else it only takes part in what all ranks do together.
     """
 
     rows: list[int]
     prompts: list[list[int]]
     answers: list[list[int]]
+    counts: bool = True
+
+    def as_filler(self) -> MicroBatch:
+        """Return its last row, counting nothing."""
+        return MicroBatch(self.rows[-1:], self.prompts[-1:], self.answers[-1:], counts=False)
 
 
 class SFTModule(CausalLMModule):
@@ -107,9 +113,9 @@ class SFTModule(CausalLMModule):
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> None:
         """One update from one batch."""
-        micro_batches = self._micro_batches(batch)
+        own = self._micro_batches(batch)
         tokens_B = torch.zeros(len(batch))
-        for rows, _, answers in micro_batches:
+        for rows, _, answers, _ in own:
             tokens_B[rows] = torch.tensor([float(len(answer)) for answer in answers])
         count = all_sum(self.trainer.strategy, tokens_B.sum())
         weights_B = self.row_weights(batch, tokens_B) * self.trainer.world_size
@@ -118,10 +124,11 @@ class SFTModule(CausalLMModule):
         def share(micro_batch: MicroBatch) -> Tensor:
             self.route(batch, micro_batch.rows)
             logprobs_BT, mask_BT = self._logprobs(micro_batch.prompts, micro_batch.answers)
-            losses_B = -(logprobs_BT * mask_BT).sum(1)
+            losses_B = -(logprobs_BT * mask_BT).sum(1) * micro_batch.counts
             losses.append(losses_B.detach().sum())
             return (losses_B * weights_B[micro_batch.rows].to(losses_B)).sum()
 
+        micro_batches = self.in_step(own, own[-1].as_filler)
         norm = self.update([partial(share, micro_batch) for micro_batch in micro_batches])
         loss = all_sum(self.trainer.strategy, torch.stack(losses).sum()) / count
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
@@ -153,24 +160,32 @@ class SFTModule(CausalLMModule):
         Returns:
             `predictions`: the greedy answer of each row without choices, else the chosen one (B).
         """
-        for micro_batch in self._micro_batches(batch):
+        own = self._micro_batches(batch)
+        for micro_batch in self.in_step(own, own[-1].as_filler):
             self.route(batch, micro_batch.rows)
             logprobs_BT, mask_BT = self._logprobs(micro_batch.prompts, micro_batch.answers)
+            if not micro_batch.counts:
+                continue
             for row, logprobs_T, mask_T in zip(micro_batch.rows, logprobs_BT, mask_BT, strict=True):
                 self.add_metric("loss", -logprobs_T, batch.tasks[row], mask_T)
         free = [i for i, choices in enumerate(batch.choices) if not choices]
-        texts = self._generate(batch, free) if free else []
-        predictions = dict(zip(free, texts, strict=True))
+        predictions: dict[int, str] = {}
+        for rows in self.in_step([free] if free else [], lambda: [0]):
+            texts = self._generate(batch, rows)
+            predictions |= zip(rows, texts, strict=True) if free else ()
         for i, text in predictions.items():
             exact = torch.tensor(float(text == batch.answers[i].strip()))
             self.add_metric("exact_match", exact, batch.tasks[i])
             rouge = rouge_score(text, batch.answers[i], rouge_keys="rougeL")
             self.add_metric("rouge_l", torch.as_tensor(rouge["rougeL_fmeasure"]), batch.tasks[i])
-        for i, choices in enumerate(batch.choices):
-            if choices:
-                self.route(batch, [i] * len(choices))
-                predictions[i] = self.choose(batch.prompts[i], choices)
-                correct = torch.tensor(float(predictions[i] == batch.answers[i]))
+        asked = [i for i, choices in enumerate(batch.choices) if choices]
+        for number, i in enumerate(self.in_step(asked, lambda: 0)):
+            choices = batch.choices[i] or [batch.answers[i]]
+            self.route(batch, [i] * len(choices))
+            chosen = self.choose(batch.prompts[i], choices)
+            if number < len(asked):
+                predictions[i] = chosen
+                correct = torch.tensor(float(chosen == batch.answers[i]))
                 self.add_metric("choice_accuracy", correct, batch.tasks[i])
         return {"predictions": [predictions[i] for i in range(len(batch))]}
 
@@ -191,9 +206,10 @@ class SFTModule(CausalLMModule):
 
     def _generate(self, batch: TextBatch, rows: Sequence[int]) -> list[str]:
         ids = self.encode_prompts([batch.prompts[row] for row in rows], room=self.sampling.max_new_tokens)
-        completions = self.sampler.generate(
-            ids, self.sampling, lambda drawn: self.route(batch, [rows[position] for position in drawn])
-        )
+        with self.generating():
+            completions = self.sampler.generate(
+                ids, self.sampling, lambda drawn: self.route(batch, [rows[position] for position in drawn])
+            )
         return [text.strip() for text in completions.texts]
 
     @torch.no_grad()

@@ -36,7 +36,9 @@ from lightning_modules.grpo.rollout import (
     Rollout,
     Scores,
     collate,
+    masked,
     repeat_rows,
+    row_seeds,
 )
 from lightning_modules.grpo.scoring import (
     Scoring,
@@ -150,6 +152,7 @@ class GRPOModule(CausalLMModule):
         self.val_sampling = val_sampling or sampling
         self.num_tokens = 0
         self.skipped_steps = 0
+        self.sampling_seed: int = 0
         self._skipped_in_a_row = 0
 
     def configure_model(self) -> None:
@@ -160,6 +163,7 @@ class GRPOModule(CausalLMModule):
         """
         super().configure_model()
         assert self.model is not None
+        self.sampling_seed = torch.initial_seed()  # later it differs between ranks
         switch_dropout_off(self.model)
         self.sampler.bind(self.model, self.tokenizer)
 
@@ -210,16 +214,34 @@ class GRPOModule(CausalLMModule):
         """
         ids = self.encode_prompts(batch.prompts, room=sampling.max_new_tokens, uids=batch.uids)
         prompt_ids = [row for row in ids for _ in range(num_generations)]
-        return Rollout(
-            batch=repeat_rows(batch, num_generations),
-            prompt_ids=prompt_ids,
-            completions=self.sampler.generate(
+        with self.generating():
+            completions = self.sampler.generate(
                 prompt_ids,
                 sampling,
                 lambda rows: self.route(batch, [row // num_generations for row in rows]),
-            ),
+                seeds=self.draw_seeds(batch.uids, num_generations),
+            )
+        return Rollout(
+            batch=repeat_rows(batch, num_generations),
+            prompt_ids=prompt_ids,
+            completions=completions,
             group_size=num_generations,
         )
+
+    def draw_seeds(self, uids: Sequence[int], num_generations: int) -> list[int]:
+        """Seed each completion by the run, the step, its row and its number, so that ranks and batches do not matter.
+
+        Validation draws the same numbers every time.
+
+        Args:
+            uids: Of the prompts (B / num_generations).
+            num_generations: Completions per prompt.
+
+        Returns:
+            (B).
+        """
+        step = self.global_step if self.trainer.training else -1
+        return row_seeds(self.sampling_seed, step, uids, num_generations)
 
     def score(self, rollout: Rollout) -> Scores:
         """Reward each completion.
@@ -334,13 +356,12 @@ class GRPOModule(CausalLMModule):
         groups = [
             [rows[i] for i in group] for group in plan_micro_batches(sizes, self.max_tokens_per_microbatch)
         ]
+        put = partial(
+            collate, rollout, advantages_B, pad_token_id=self.pad_token_id, device=self.device
+        )
         # A rank without rows of its own joins the exchange of gradients with a masked row.
-        micro_batches = [
-            collate(rollout, advantages_B, group, pad_token_id=self.pad_token_id, device=self.device)
-            for group in groups or [[0]]
-        ]
-        if not groups:
-            micro_batches[0].mask.zero_()
+        micro_batches = [put(group) for group in groups] or [masked(put([0]))]
+        micro_batches = self.in_step(micro_batches, lambda: masked(put([0])))
         # Ranks add their gradients up as a mean, hence the world size.
         share = denominator / self.trainer.world_size
         for _ in range(self.updates_per_rollout):
@@ -353,11 +374,8 @@ class GRPOModule(CausalLMModule):
         """Count a step that leaves weights and optimiser alone, on every rank."""
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        # Lightning's step counter too: `max_steps` must end a run that finds no signal.
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         for _ in range(self.updates_per_rollout):
-            progress.increment_ready()
-            progress.increment_completed()
+            self.count_step_without_update()
         if self._skipped_in_a_row == _PATIENCE:
             rank_zero_warn(
                 f"{_PATIENCE} steps in a row had no group whose completions differ in reward, so nothing was "
@@ -387,12 +405,19 @@ class GRPOModule(CausalLMModule):
 
     def counters(self) -> Mapping[str, int]:
         """Return the running counts."""
-        return {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
+        return {
+            **super().counters(),
+            "num_tokens": self.num_tokens,
+            "skipped_steps": self.skipped_steps,
+            "sampling_seed": self.sampling_seed,
+        }
 
     def load_counters(self, counters: Mapping[str, int]) -> None:
         """Continue the running counts."""
+        super().load_counters(counters)
         self.num_tokens = counters.get("num_tokens", 0)
         self.skipped_steps = counters.get("skipped_steps", 0)
+        self.sampling_seed = counters.get("sampling_seed", self.sampling_seed)
 
     # ------------------------------------------------------------------ evaluation
 

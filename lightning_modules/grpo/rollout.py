@@ -6,6 +6,8 @@ T completion tokens; P prompt tokens.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,3 +150,31 @@ def collate(
         device=device,
     )
     return MicroBatch(rows, input_ids, attention_mask, mask, advantages_B[rows].float().to(device))
+
+
+def masked(micro_batch: MicroBatch) -> MicroBatch:
+    """Let a micro-batch count nothing, in place: it only takes part in what all ranks do together."""
+    micro_batch.mask.zero_()
+    return micro_batch
+
+
+def row_seeds(run: int, step: int, uids: Sequence[int], num_generations: int) -> list[int]:
+    """Derive a seed for each completion from what names it.
+
+    Args:
+        run: Seed of the run.
+        step: Optimiser steps before the rollout.
+        uids: Of the prompts.
+        num_generations: Completions per prompt.
+
+    Returns:
+        (prompts x num_generations), each below 2^63; different ones for a prompt that comes twice.
+    """
+    seen: Counter[int] = Counter()
+    seeds = []
+    for uid in uids:
+        for number in range(num_generations):
+            name = f"{run}:{step}:{uid}:{seen[uid]}:{number}"
+            seeds.append(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1)
+        seen[uid] += 1
+    return seeds

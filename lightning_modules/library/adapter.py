@@ -23,6 +23,7 @@ from lightning_modules.library.routers.base import Router, missing_descriptions
 from lightning_modules.library.routers.poly import PolyRouter
 from lightning_modules.library.steps import KeepAbsent
 from lightning_modules.library.store import AdapterLibrary
+from lightning_modules.sharding import copy_rows
 from lightning_modules.sparse.storage import fingerprint
 from lightning_modules.sparse.targets import find_targets
 
@@ -91,8 +92,10 @@ class RoutedAdapter(Adapter):
         self.same_start = same_start
         self.state = RoutingState()
         self.layers: dict[str, RoutedLinear] = {}
+        self._fingerprints: dict[str, str] = {}
         self.defer_descriptions = False
         self.data_tasks: list[str] | None = None
+        self.reads_weights = library is not None
 
     # ------------------------------------------------------------------ the Adapter seam
 
@@ -118,6 +121,7 @@ class RoutedAdapter(Adapter):
                 )
             # Poly's logits and the like come with `install`.
             routed = RoutedLinear(base, stack.to(base.weight.device), nn.Identity(), self.mixing, self.state)
+            self._fingerprints[f"{layer}.weight"] = fingerprint(base.weight)
             parent, _, child = layer.rpartition(".")
             setattr(model.get_submodule(parent), child, routed)
             self.layers[layer] = routed
@@ -156,7 +160,7 @@ class RoutedAdapter(Adapter):
         self.state.rows = self.router.encode(tasks, prompts)
         self.state.tasks = tuple(tasks)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return trained experts, and what routers learned."""
         state = {}
         for name, layer in self.layers.items():
@@ -164,18 +168,18 @@ class RoutedAdapter(Adapter):
                 state[f"{name}.{key}"] = value
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        own = self.state_dict()
+        own = self.tensors()
         check_state(own, state)
         with torch.no_grad():
             for name, value in own.items():
-                value.copy_(state[name])
+                copy_rows(value, state[name])
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a library: every expert as a PEFT folder, frozen ones copied, and arrays that the router learned."""
         written = AdapterLibrary(folder, create=True)
-        self.publish(written)
+        self.publish(written, state=state)
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
         """Give the router its own learning rate, as `router_lr` says."""
@@ -214,6 +218,7 @@ class RoutedAdapter(Adapter):
         library: AdapterLibrary,
         metrics: Mapping[str, Mapping[str, float]] | None = None,
         prefix: str = "",
+        state: Mapping[str, Tensor] | None = None,
     ) -> list[str]:
         """Add the experts to a library; of experts that are there already, only what the router learned of them.
 
@@ -221,6 +226,7 @@ class RoutedAdapter(Adapter):
             library: Where to.
             metrics: Of each expert.
             prefix: Put before the names of trained experts.
+            state: What `state_dict` returns; None asks for it. Under sharding all ranks ask, and one publishes.
 
         Returns:
             The names of the experts in that library.
@@ -229,6 +235,7 @@ class RoutedAdapter(Adapter):
             ValueError: If a name is taken by another adapter.
         """
         names = []
+        state = self.state_dict() if state is None else state
         same = self.stacked.library is not None and library.root == self.stacked.library.root
         for number, name in enumerate(self.stacked.names):
             frozen = not self._trained
@@ -239,19 +246,20 @@ class RoutedAdapter(Adapter):
                     source = self.stacked.library[name].folder if frozen and self.stacked.library else None
                     if source is None:
                         source = Path(aside)
-                        write_expert(source, self._expert_factors(number), self.source)
+                        write_expert(source, self._expert_factors(number, state), self.source)
                     library.add(
                         source,
                         target,
                         tasks=self.stacked.tasks[name],
                         metrics=(metrics or {}).get(name),
                         lineage=[name] if self.stacked.library is not None and not frozen else [],
-                        fingerprint=self._fingerprints(),
+                        fingerprint=self._fingerprints,
                     )
             learned = {
-                layer: parameter[number].detach().cpu().contiguous()
+                layer: state[f"{layer}.router.{key}"][number].detach().cpu().contiguous()
                 for layer, routed in self.layers.items()
-                for parameter in routed.router.per_expert_parameters()  # type: ignore[operator]
+                for key, parameter in routed.router.named_parameters()
+                if any(parameter is own for own in routed.router.per_expert_parameters())  # type: ignore[operator]
             }
             if learned:
                 library.put_arrays(target, self.router.kind, learned, self.router.description_settings())
@@ -284,20 +292,19 @@ class RoutedAdapter(Adapter):
             data_tasks=data_tasks,
         )
 
-    def _expert_factors(self, number: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+    def _expert_factors(
+        self, number: int, state: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Factors of one expert without filling, by layer: A (r, in), B (out, r), scale."""
         factors = {}
         for name, layer in self.layers.items():
             stack = layer.experts
             if isinstance(stack, LoraStack) and bool(stack.present[number]):
                 rank = stack.ranks[number]
-                A, B = stack.A[number].detach(), stack.B[number].detach()
+                A, B = (state.get(f"{name}.{key}", getattr(stack, key))[number].detach() for key in "AB")
                 scale = float(stack.get_buffer("scale")[number]) if stack.trained else 1.0
                 factors[name] = (A[:rank], B[:, :rank], scale)
         return factors
-
-    def _fingerprints(self) -> dict[str, str]:
-        return {f"{name}.weight": fingerprint(layer.base_layer.weight) for name, layer in self.layers.items()}
 
 
 def _prefixed(prefix: str, module: nn.Module) -> list[tuple[str, Tensor]]:

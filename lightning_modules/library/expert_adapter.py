@@ -43,6 +43,7 @@ class LibraryExpert(PeftAdapter):
         assert isinstance(config, LoraConfig)
         config.inference_mode = False
         super().__init__(config)
+        self.reads_weights = True
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Put the expert into `model`.

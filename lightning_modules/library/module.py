@@ -147,22 +147,20 @@ class AdapterLibraryModule(SFTModule):
 
         Returns:
             The norm of all gradients before.
-
-        Raises:
-            RuntimeError: If a gradient is not finite.
         """
         if not self.separate:
             return super().clip_gradients_in_place()
         limit = float("inf") if self.gradient_clip_val is None else self.gradient_clip_val
-        norms_E = clip_expert_gradients(self.adapter.expert_parameters(), limit)
-        if not bool(norms_E.isfinite().all()):
-            bad = [self.adapter.stacked.names[i] for i in (~norms_E.isfinite()).nonzero()[:, 0].tolist()]
-            raise RuntimeError(
-                f"The gradient of {', '.join(bad)} is not finite. Lower the learning rate, or look at the rows of "
-                "these experts' tasks. The weights are as before."
-            )
-        total: Tensor = norms_E.norm()
+        self._norms_E = clip_expert_gradients(self.adapter.expert_parameters(), limit)
+        total: Tensor = self._norms_E.norm()
         return total
+
+    def nonfinite_source(self) -> str:
+        """Name the experts whose gradient is not finite."""
+        if not self.separate:
+            return ""
+        bad = (~self._norms_E.isfinite()).nonzero()[:, 0].tolist()
+        return f", from the experts {', '.join(self.adapter.stacked.names[i] for i in bad)}"
 
     # ------------------------------------------------------------------ evaluation
 

@@ -12,20 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_modules.sharding import local, local_rows, sum_of_shards
+
 
 def expert_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Return the norm of each expert's gradient over all tensors, float32 (E).
 
     Args:
-        parameters: Each (E, ...). Without gradient they count as zero.
+        parameters: Each (E, ...), sharded by experts or plain. Without gradient they count as zero.
     """
-    squares = [
-        torch.linalg.vector_norm(p.grad.flatten(1).float(), dim=1).square()
-        if p.grad is not None
-        else p.new_zeros(len(p), dtype=torch.float32)
-        for p in parameters
-    ]
-    return torch.stack(squares).sum(0).sqrt()
+    squares_E = torch.zeros(len(parameters[0]), device=local(parameters[0]).device)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            first, end = local_rows(parameter)
+            own = local(parameter.grad).flatten(1).float()
+            squares_E[first:end] += torch.linalg.vector_norm(own, dim=1).square()
+    return sum_of_shards(squares_E, like=parameters[0]).sqrt()
 
 
 def clip_expert_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
@@ -42,7 +44,9 @@ def clip_expert_gradients(parameters: Sequence[nn.Parameter], limit: float) -> T
     factors = (limit / (norms + 1e-6)).clamp(max=1.0)  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(factors.view(-1, *[1] * (parameter.dim() - 1)).to(parameter.grad.dtype))
+            first, end = local_rows(parameter)
+            gradient = local(parameter.grad)
+            gradient.mul_(factors[first:end].view(-1, *[1] * (parameter.dim() - 1)).to(gradient.dtype))
     return norms
 
 
@@ -60,33 +64,37 @@ class KeepAbsent:
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Optimizer) -> None:
         self._parameters = list(parameters)
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._absent = torch.zeros(0, dtype=torch.int64)
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._absent: list[Tensor] = []
         if self._parameters:
             optimizer.register_step_pre_hook(self._before)
             optimizer.register_step_post_hook(self._after)
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self._absent = (expert_norms(self._parameters) == 0).nonzero()[:, 0]
-        if len(self._absent):
-            self._kept = [(tensor, tensor[self._absent].clone()) for tensor in self._tensors(optimizer)]
+        is_absent = expert_norms(self._parameters) == 0
+        self._absent = [is_absent[slice(*local_rows(p))].nonzero()[:, 0] for p in self._parameters]
+        self._kept = [(tensor, rows, tensor[rows].clone()) for tensor, rows in self._tensors(optimizer)]
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        if len(self._absent):
-            known = {tensor.data_ptr() for tensor, _ in self._kept}
-            for tensor, values in self._kept:
-                tensor[self._absent] = values
-            for tensor in self._tensors(optimizer):  # state that this step made
-                if tensor.data_ptr() not in known:
-                    tensor[self._absent] = 0
+        known = {tensor.data_ptr() for tensor, _, _ in self._kept}
+        for tensor, rows, values in self._kept:
+            tensor[rows] = values
+        for tensor, rows in self._tensors(optimizer):  # state that this step made
+            if tensor.data_ptr() not in known:
+                tensor[rows] = 0
         self._kept = []
 
-    def _tensors(self, optimizer: Optimizer) -> list[Tensor]:
-        """Parameters, and their optimiser state of the same shape."""
-        found: list[Tensor] = []
-        for parameter in self._parameters:
-            found.append(parameter.detach())
-            state = optimizer.state.get(parameter, {})
-            found += [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+    def _tensors(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+        """Parameters, and their optimiser state of the same shape, with the rows of absent experts."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for parameter, rows in zip(self._parameters, self._absent, strict=True):
+            if len(rows):
+                found.append((local(parameter.detach()), rows))
+                state = optimizer.state.get(parameter, {})
+                found += [
+                    (local(v), rows)
+                    for v in state.values()
+                    if isinstance(v, Tensor) and v.shape == parameter.shape
+                ]
         return found

@@ -74,7 +74,11 @@ class Sampler(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, announce: Announce | None = None
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        announce: Announce | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Completions:
         """Draw one completion per row.
 
@@ -83,6 +87,8 @@ class Sampler(ABC):
             sampling: How to draw.
             announce: Called with the positions in `prompts` of the rows that the next forward passes are about,
                 whenever these change; adapters that treat rows differently need it.
+            seeds: One for each row: what a row draws then depends on nothing but its prompt, the policy and its
+                seed, whichever rows are drawn with it. None draws from torch's generator.
 
         Returns:
             One completion per row, in order.

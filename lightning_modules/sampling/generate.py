@@ -48,6 +48,25 @@ class _Recorder(LogitsProcessor):  # type: ignore[misc]
         return torch.cat(self._columns, dim=1)
 
 
+class _SeededDraw(LogitsProcessor):  # type: ignore[misc]
+    """Draws a token of each row by the row's own random numbers, and leaves only it to choose.
+
+    One uniform number a token, looked up in the cumulated distribution: a row's draws do not depend on the others.
+    """
+
+    def __init__(self, seeds: Sequence[int], num_tokens: int) -> None:
+        draws = [torch.rand(num_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self._uniform_TB = torch.stack(draws, dim=1).double()
+        self._token = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulated_BV = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        target_B1 = self._uniform_TB[self._token, :, None].to(scores.device) * cumulated_BV[:, -1:]
+        self._token += 1
+        drawn_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn_B1, 0.0)
+
+
 class GenerateSampler(Sampler):
     """Samples with `transformers`' own `generate`: any model it serves, at its speed.
 
@@ -66,7 +85,11 @@ class GenerateSampler(Sampler):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, announce: Announce | None = None
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        announce: Announce | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Completions:
         """Draw one completion per row with the model in evaluation mode."""
         ends = self._end_tokens()
@@ -76,7 +99,8 @@ class GenerateSampler(Sampler):
                 rows = range(start, min(start + self.max_rows, len(prompts)))
                 if announce is not None:
                     announce(rows)
-                parts.append(self._decode([prompts[row] for row in rows], sampling, ends))
+                own = None if seeds is None else [seeds[row] for row in rows]
+                parts.append(self._decode([prompts[row] for row in rows], sampling, ends, own))
         return Completions(
             token_ids=[row for part in parts for row in part.token_ids],
             texts=[text for part in parts for text in part.texts],
@@ -84,7 +108,13 @@ class GenerateSampler(Sampler):
             logprobs=[row for part in parts for row in part.logprobs],
         )
 
-    def _decode(self, prompts: Sequence[list[int]], sampling: Sampling, ends: list[int]) -> Completions:
+    def _decode(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        ends: list[int],
+        seeds: Sequence[int] | None,
+    ) -> Completions:
         device = next(self._model.parameters()).device
         pad = self._tokenizer.pad_token_id
         pad = ends[0] if pad is None else pad
@@ -94,20 +124,24 @@ class GenerateSampler(Sampler):
             [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device
         )
         recorder = _Recorder()
+        processors = [*_warpers(sampling), recorder]
+        if seeds is not None and sampling.temperature > 0:
+            processors.append(_SeededDraw(seeds, sampling.max_new_tokens))
+        draws_itself = seeds is None and sampling.temperature > 0
         output = self._model.generate(  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,
             # Neutral settings: the processors below are the whole of the sampling distribution.
             generation_config=GenerationConfig(
-                do_sample=sampling.temperature > 0,
+                do_sample=draws_itself,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=1.0,
-                top_k=0 if sampling.temperature > 0 else None,  # when sampling, None would become 50
+                top_k=0 if draws_itself else None,  # when sampling, None would become 50
                 top_p=1.0,
                 eos_token_id=ends,
                 pad_token_id=pad,
             ),
-            logits_processor=LogitsProcessorList([*_warpers(sampling), recorder]),
+            logits_processor=LogitsProcessorList(processors),
         )
         recorder.observe(output)
         token_ids, finish = _until_end(output[:, width:].tolist(), ends)

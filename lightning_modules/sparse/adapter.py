@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +10,18 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_modules.adapters import Adapter
 from lightning_modules.distributed import several_ranks
+from lightning_modules.sharding import read, sharded_modules, whole
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.masks import Structure, check_density, unit_sums
 from lightning_modules.sparse.schedules import Schedule, Static
 from lightning_modules.sparse.scores import Score, snip
 from lightning_modules.sparse.selection import Rule, Selection
+from lightning_modules.sparse.sharded_weight import ShardedSparseWeight
 from lightning_modules.sparse.storage import check_delta, fingerprint, write_sparse
 from lightning_modules.sparse.targets import find_targets, find_users
 from lightning_modules.sparse.weight import SparseWeight
@@ -79,6 +82,7 @@ class SparseAdapter(Adapter):
         self.block = block
         self.budget: Literal["layer", "global"] = budget
         self.schedule = schedule
+        self.joins_shards = True
         self.weights: list[SparseWeight] = []
         self._is_watched = False
         self._has_warned = False
@@ -98,7 +102,8 @@ class SparseAdapter(Adapter):
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.requires_grad_(False)
         self._fingerprint = {name: fingerprint(model.get_parameter(name)) for name in users}
-        self.weights = [SparseWeight(name, model.get_parameter(name), found) for name, found in users.items()]
+        # The rest of a sharded model stays sharded; a weight that is not (a plain model) is trained where it is.
+        self.weights = [_sparse_weight(name, model.get_parameter(name), found) for name, found in users.items()]
         rule = Rule(self.density, self.score, self.structure, self.block, self.budget, self.schedule)
         self.selection = Selection(self.weights, rule)
         self._hook = model.register_forward_pre_hook(self._before_forward)
@@ -118,11 +123,27 @@ class SparseAdapter(Adapter):
         self.synchronize()
         for weight in self.weights:
             weight.switch_off()
+        self._forget_gathered()
         try:
             yield
         finally:
             for weight in self.weights:
                 weight.switch_on()
+            self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
+        """Let sharded layers gather their weights anew: rows have changed."""
+        for module in sharded_modules(self._model):
+            module.reshard()
+
+    def gradients_ready(self) -> None:
+        """Give values the gradient of the step that is about to be made; a collective under sharding."""
+        for weight in self.weights:
+            weight.hand_out_gradient()
+
+    def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the values; a sharded weight requires a gradient without being trained as a whole."""
+        return [weight.values for weight in self.weights]
 
     def synchronize(self) -> None:
         """Write values that have changed into the weights; each forward pass of the model begins with it.
@@ -223,10 +244,11 @@ class SparseAdapter(Adapter):
         for weight in self.weights:
             weight.write(always=True)
         self.selection.after_step(optimizer, epoch)
+        self._forget_gathered()
 
     # ------------------------------------------------------------------ state and files
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return values and indices, and where the schedule stands.
 
         Returns:
@@ -238,12 +260,12 @@ class SparseAdapter(Adapter):
         state = {_SCHEDULE: torch.tensor([selection.step, int(selection.was_chosen), selection.epoch])}
         for weight in self.weights:
             state[f"{weight.name}.values"] = weight.values.detach()
-            if weight.indices is not None:
-                state[f"{weight.name}.indices"] = weight.indices
+            if (indices := weight.indices) is not None:
+                state[f"{weight.name}.indices"] = indices
         state |= {f"{name}.scores": score for name, score in selection.sums.items()}
-        return state | {f"{name}.dropped": values for name, values in selection.dropped.items()}
+        return state | {f"{name}.dropped": whole(last).flatten() for name, last in selection.dropped.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; values and indices may have other lengths than now.
 
         Raises:
@@ -257,12 +279,13 @@ class SparseAdapter(Adapter):
                 f"{sorted(mine - found)[:3]}, {len(found - mine)} are unknown {sorted(found - mine)[:3]}. "
                 "Use the model and target_modules of the run that wrote it."
             )
+        state = {name: read(source) for name, source in state.items()}
         parts = {
             weight: (state[f"{weight.name}.values"], state.get(f"{weight.name}.indices"))
             for weight in self.weights
         }
         for weight, (values, indices) in parts.items():
-            size = weight.weight.numel()
+            size = weight.shape.numel()
             if indices is not None:
                 check_delta(weight.name, indices, values, size)
             elif len(values) != size:
@@ -271,23 +294,25 @@ class SparseAdapter(Adapter):
         self.selection.check(parts, step, bool(was_chosen), epoch)
         for weight, (values, indices) in parts.items():
             weight.put(indices, values)
+        self._forget_gathered()
         self.selection.step, self.selection.was_chosen = step, bool(was_chosen)
         self.selection.prepare(epoch)
         self.selection.sums = self._per_weight(state, "scores")
         self.selection.dropped = self._per_weight(state, "dropped")
 
-    def _per_weight(self, state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    def _per_weight(self, state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         found = {weight: state.get(f"{weight.name}.{kind}") for weight in self.weights}
         return {
-            weight.name: tensor.clone().to(weight.weight.device)
+            weight.name: weight.keep(tensor.to(weight.device, copy=True))
             for weight, tensor in found.items()
             if tensor is not None
         }
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`."""
+        state = self.state_dict() if state is None else state
         if not self.selection.was_chosen:
-            is_dense = any(weight.indices is None for weight in self.weights)
+            is_dense = any(weight.trains_all for weight in self.weights)
             what = "the change of all target weights" if is_dense else "an adapter that changes nothing"
             rank_zero_warn(f"The schedule has not chosen weights yet: {what} is written.")
         targets = self.target_modules
@@ -299,4 +324,18 @@ class SparseAdapter(Adapter):
             "target_modules": targets if isinstance(targets, str) else sorted(targets),
             "fingerprint": self._fingerprint,
         }
-        write_sparse(folder, self.deltas.items(), config)
+        write_sparse(folder, [(weight.name, _delta(weight, state)) for weight in self.weights], config)
+
+
+def _sparse_weight(name: str, weight: nn.Parameter, users: Sequence[nn.Module]) -> SparseWeight:
+    if isinstance(weight, DTensor):
+        return ShardedSparseWeight(name, weight, users)
+    return SparseWeight(name, weight, users)
+
+
+def _delta(weight: SparseWeight, state: Mapping[str, Tensor]) -> SparseDelta:
+    """What was learned of a weight, as a whole state has it."""
+    indices = state.get(f"{weight.name}.indices")
+    if indices is None:
+        indices = torch.arange(weight.shape.numel(), dtype=torch.int32)
+    return SparseDelta(indices, state[f"{weight.name}.values"], tuple(weight.shape))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_modules.sharding import sharded_like, whole
+
 
 def positions(old: Tensor | None, new: Tensor) -> Tensor:
     """Return where each new entry stood among the old ones.
@@ -49,6 +51,8 @@ def carry_moments(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, so
     if state is None or source is None:
         return
     optimizer.state[new] = {
-        name: taken(moment, source) if isinstance(moment, Tensor) and moment.shape == old.shape else moment
+        name: sharded_like(taken(whole(moment), source), new)
+        if isinstance(moment, Tensor) and moment.shape == old.shape
+        else moment
         for name, moment in state.items()
     }

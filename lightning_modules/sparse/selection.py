@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_modules.distributed import from_rank_zero, mean_over_ranks
+from lightning_modules.distributed import from_rank_zero
+from lightning_modules.sharding import whole
 from lightning_modules.sparse.masks import Structure, budget, count_units, replace, select, select_across
 from lightning_modules.sparse.moments import carry_moments, positions, taken
 from lightning_modules.sparse.schedules import Schedule
@@ -64,17 +65,19 @@ class Selection:
         """
         if self.rule.schedule.dense:
             for weight in self.weights:
-                weight.put(None, torch.zeros(weight.weight.numel()))
+                weight.put(None, torch.zeros(weight.shape.numel()))
         else:
             for weight in self.weights:  # entries that hold the place of those to come
-                zeros = torch.zeros(weight.weight.shape, device=weight.weight.device)
+                zeros = torch.zeros(weight.shape, device=weight.device)
                 first = select(zeros, self.rule.density, self.rule.structure, self.rule.block)
                 weight.put(first, torch.zeros(len(first)))
             if self.rule.schedule.due(0, 0):
                 # One by one where weights do not compete: scores of a whole model are as large as the model.
                 together = self.rule.budget == "global"
                 for group in [self.weights] if together else [[weight] for weight in self.weights]:
-                    self.sums = {w.name: self._score(w, torch.zeros_like(w.weight)) for w in group}
+                    self.sums = {
+                        w.name: w.keep(self._score(w, torch.zeros(w.shape, device=w.device))) for w in group
+                    }
                     self._choose(self._take_scores(), None)
                 self.was_chosen = True
         self.resized = False  # nothing knows the parameters yet
@@ -91,9 +94,9 @@ class Selection:
         if schedule.over(self.step, epoch) or not schedule.observes(self.step + 1, epoch):
             return
         for weight in self.weights:
-            score = self._score(weight, self._gradient(weight))
+            score = weight.keep(self._score(weight, weight.gradient()))
             if weight.name in self.sums:
-                score += self.sums[weight.name].to(score.device)  # a checkpoint's may be on the CPU
+                score += self.sums[weight.name]
             self.sums[weight.name] = score
 
     def after_step(self, optimizer: Optimizer, epoch: int) -> None:
@@ -150,7 +153,7 @@ class Selection:
             return
         for weight, (_, indices) in parts.items():
             assert indices is not None
-            shape = weight.weight.shape
+            shape = weight.shape
             count, units = count_units(indices, shape, rule.structure, rule.block)
             if count != budget(rule.density, units):
                 raise ValueError(
@@ -158,21 +161,12 @@ class Selection:
                     f"structure={rule.structure!r} gives {budget(rule.density, units)}. {remedy}"
                 )
 
-    def _gradient(self, weight: SparseWeight) -> Tensor:
-        """Return the gradient of a whole weight, a mean over ranks."""
-        if weight.indices is None:  # DDP has averaged it
-            gradient = weight.values.grad
-            return torch.zeros_like(weight.weight) if gradient is None else gradient.view(weight.weight.shape)
-        gradient, weight.observed = weight.observed, None
-        if gradient is None:
-            gradient = torch.zeros(weight.weight.shape, device=weight.weight.device)
-        return mean_over_ranks(gradient)
-
     def _score(self, weight: SparseWeight, gradient: Tensor) -> Tensor:
         adapted = weight.weight.float()
         if weight.indices is None:
-            change = weight.values.detach().view(adapted.shape)
-            adapted = adapted + change
+            change = whole(weight.values.detach()).view(adapted.shape)
+            if weight.adds_in_forward:
+                adapted = adapted + change
         elif weight.name in self.dropped:
             change = self._last_values(weight).view(adapted.shape)
         else:
@@ -183,7 +177,7 @@ class Selection:
 
     def _take_scores(self) -> dict[str, Tensor]:
         """Return the scores that have added up, rank 0's on every rank."""
-        scores = {name: from_rank_zero(score.contiguous()) for name, score in self.sums.items()}
+        scores = {name: from_rank_zero(whole(score).contiguous()) for name, score in self.sums.items()}
         self.sums = {}
         zero = [name for name, score in scores.items() if not score.any()]
         if zero and (self.rule.budget == "layer" or len(zero) == len(scores)):
@@ -217,10 +211,11 @@ class Selection:
             if new is None:
                 continue
             source = positions(weight.indices, new)
-            values = taken(weight.values.detach(), source)
+            values = taken(whole(weight.values.detach()), source)
             if self.rule.schedule.keeps:
-                self.dropped[weight.name] = self._last_values(weight)
-                values = self.dropped[weight.name][new]
+                last = self._last_values(weight)
+                self.dropped[weight.name] = weight.keep(last)
+                values = last[new]
             old = weight.values
             self.resized |= weight.put(new, values)
             if optimizer is not None:
@@ -228,9 +223,11 @@ class Selection:
 
     def _last_values(self, weight: SparseWeight) -> Tensor:
         """Return the last value of each entry that was ever trained, zero elsewhere (N)."""
-        if weight.indices is None:
-            return weight.values.detach().clone()
-        known = self.dropped.get(weight.name)
-        if known is None:
-            known = torch.zeros(weight.weight.numel(), device=weight.weight.device)
-        return known.to(weight.weight.device).index_copy(0, weight.indices.long(), weight.values.detach())
+        values = whole(weight.values.detach())
+        indices = weight.indices
+        if indices is None:
+            return values.clone()
+        known = torch.zeros(weight.shape.numel(), device=weight.device)
+        if weight.name in self.dropped:
+            known = whole(self.dropped[weight.name]).flatten()
+        return known.index_copy(0, indices.long(), values)

@@ -65,7 +65,7 @@ def measure(weights: Sequence[SparseWeight], experts: Mapping[str, SparseFolder]
     """Count the trained entries of each weight, and those that experts train too."""
     stats = []
     for weight in weights:
-        mine, size = trained_entries(weight), weight.weight.numel()
+        mine, size = trained_entries(weight), weight.shape.numel()
         shared = {}
         for label, folder in experts.items():
             if weight.name in folder.names:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_modules.checksums import check_checksums
+from lightning_modules.sharding import entries_at
 from lightning_modules.sparse.delta import SparseDelta, check_indices
 
 PEFT_TYPE = "QUIVER_SPARSE"
@@ -65,6 +67,7 @@ class SparseFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        check_checksums(self.folder, (CONFIG, TENSORS))
         self.config = _read_config(self.folder)
         path = self.folder / TENSORS
         if not path.is_file():
@@ -159,13 +162,12 @@ def fingerprint(weight: Tensor) -> str:
     """Return a hash of evenly spaced entries of a weight, the same in float32 and bfloat16.
 
     Args:
-        weight: Any shape.
+        weight: Any shape; of a sharded one all ranks must ask.
 
     Returns:
         16 hexadecimal digits.
     """
-    flat = weight.detach().flatten()
-    sample = flat[_positions(len(flat)).to(flat.device)].to("cpu", torch.bfloat16)
+    sample = entries_at(weight.detach(), _positions(weight.numel())).to("cpu", torch.bfloat16)
     return hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -182,7 +184,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # a number of 5000 digits, 5000 brackets, a folder
         raise ValueError(f"{path} is no JSON: {error}.") from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.distributed import mean_over_ranks
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.layers import FORWARDS, with_gradient
 
@@ -59,6 +60,10 @@ class SparseWeight:
             self.owner.register_state_dict_post_hook(partial(SparseWeight._hide, self)),  # type: ignore[no-untyped-call]
             self.owner.register_load_state_dict_pre_hook(self._refuse),  # type: ignore[no-untyped-call]
         ]
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Let the modules compute with this weight."""
         for user in self.users:
             user.forward = partial(FORWARDS[type(user).forward], self, user)
 
@@ -68,6 +73,16 @@ class SparseWeight:
     def weight(self) -> Tensor:
         """The weight itself, without gradient."""
         return self.owner.get_parameter(self.weight_name).detach()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.owner.get_parameter(self.weight_name).shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.owner.get_parameter(self.weight_name).device
 
     @property
     def values(self) -> nn.Parameter:
@@ -152,7 +167,7 @@ class SparseWeight:
         for hook in self._hooks:
             hook.remove()
         for user in self.users:
-            del user.forward
+            vars(user).pop("forward", None)
         for name in (VALUES, INDICES, BASE):
             delattr(self.owner, name)
 
@@ -160,15 +175,37 @@ class SparseWeight:
         """Let the model's own `state_dict`, and so `save_pretrained`, have the changed weight and no more."""
         for name in (VALUES, INDICES):
             state.pop(prefix + name, None)
-        if self.trains_all and not self.is_off:
+        if self.adds_in_forward and not self.is_off:
             for key in [key for key in state if key == prefix + self.weight_name]:
                 state[key] = self.sum()
+
+    @property
+    def adds_in_forward(self) -> bool:
+        """Whether the weight is still the base weight, and values are added in the forward pass."""
+        return self.trains_all
 
     def _refuse(self, *_: Any) -> None:
         raise ValueError(
             "This model carries a sparse adapter, whose values and indices belong together. Load what was "
             "learned with adapter.load_state_dict, or base weights after adapter.remove()."
         )
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the whole weight, a mean over ranks; of observed ones, their sum."""
+        if self.indices is None:  # DDP has averaged it
+            gradient = self.values.grad
+            return torch.zeros(self.shape, device=self.device) if gradient is None else gradient.view(self.shape)
+        observed, self.observed = self.observed, None
+        if observed is None:
+            observed = torch.zeros(self.shape, device=self.device)
+        return mean_over_ranks(observed)
+
+    def hand_out_gradient(self) -> None:
+        """Give `values` the gradient of the step, where the backward pass has not."""
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor of the weight's entries from one step to the next."""
+        return tensor
 
     def forget_unmade_step(self) -> None:
         """Drop observed gradients of a step that was not made, whose gradients are gone from the values."""

@@ -1,0 +1,134 @@
+"""Checkpoints that are complete or invisible, and the newest of them."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_modules.files import complete_file
+from lightning_modules.sharded_files import META, is_sharded_checkpoint, read_sharded
+
+# What torch raises for files that are no checkpoint of its own, or a damaged one.
+_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError)
+
+
+class CompleteCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, brings it to the disk, and renames it; reads files and folders.
+
+    A run that is killed at any instant leaves the earlier checkpoint or the new one. torch's format has a checksum
+    of each entry, which reading verifies. Nothing but tensors and plain data is read from a checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write one file.
+
+        Raises:
+            OSError: If it cannot be written; an earlier one of this name is as it was.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        try:
+            for stale in target.parent.glob(f".*-{target.name}"):  # of a run that was killed while it wrote
+                stale.unlink(missing_ok=True)
+            if is_sharded_checkpoint(target):
+                shutil.rmtree(target)
+            with complete_file(target) as aside:
+                torch.save(checkpoint, aside)
+        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+            raise OSError(
+                f"The checkpoint {target} cannot be written ({error}). Earlier checkpoints are as they were. Free "
+                "some space or name another folder, and go on from the latest one: --ckpt_path latest."
+            ) from None
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file, or a folder whose tensors are read when they are used.
+
+        Raises:
+            ValueError: If it is damaged, or no checkpoint.
+            FileNotFoundError: If it does not exist.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only is not False)
+        place = Path(path)
+        if is_sharded_checkpoint(place):
+            return read_sharded(place)
+        if not place.exists():
+            raise FileNotFoundError(
+                f"There is no checkpoint {place}. --ckpt_path latest takes the newest one of the run."
+            )
+        if place.is_dir():
+            raise ValueError(f"{place} is a folder without a checkpoint. Name a file, or a folder with a manifest.")
+        try:
+            loaded = torch.load(place, map_location="cpu", weights_only=weights_only is not False)
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"The checkpoint {place} is damaged, or holds more than tensors and plain data "
+                f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}). Go on from an "
+                "earlier one."
+            ) from None
+        if not isinstance(loaded, dict) or "global_step" not in loaded:
+            raise ValueError(f"{place} is no checkpoint of a run: it has no global_step.")
+        return loaded
+
+
+class AsyncCompleteCheckpointIO(AsyncCheckpointIO):
+    """Writes checkpoints in a thread while training goes on; files only.
+
+    Deviation from Lightning's: an earlier checkpoint is removed when the new one is complete, not before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(CompleteCheckpointIO())
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint after what was asked for before is written, unless that failed."""
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(self._remove, path)
+
+    def _remove(self, path: Any) -> None:
+        assert self.checkpoint_io is not None
+        if self._error is None:
+            self.checkpoint_io.remove_checkpoint(path)
+
+
+def latest_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """Return the checkpoint that was written last, of those that can be read.
+
+    Args:
+        folders: Where to look; those that do not exist are left out.
+
+    Returns:
+        A file or folder `*.ckpt`, or None where there is none. Damaged ones are named in a warning and passed over.
+    """
+    places = {place for folder in folders if folder.is_dir() for place in folder.glob("*.ckpt")}
+    seen = [place for place in places if not place.name.startswith(".") and place.exists()]
+    for place in sorted(seen, key=lambda place: (place.stat().st_mtime_ns, place.name), reverse=True):
+        try:
+            _open(place)
+        except (OSError, *_UNREADABLE):
+            rank_zero_warn(f"{place} is no complete checkpoint and is passed over.")
+        else:
+            return place
+    return None
+
+
+def _open(place: Path) -> None:
+    """Read a checkpoint's structure, without its tensors."""
+    file = place
+    if place.is_dir():
+        read_sharded(place)
+        file = place / META
+    torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from callbacks.density_figure import density_figure, heat_maps
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.files import complete_file, set_aside
+from lightning_modules.sharding import whole
 from lightning_modules.sparse.adapter import SparseAdapter
 from lightning_modules.sparse.stats import (
     layer_densities,
@@ -117,10 +118,10 @@ class SparseStats(lightning.Callback):
                     "of this base model whose target_modules meet those of the run, or leave it out."
                 )
             for weight in both:
-                if folder.shape(weight.name) != tuple(weight.weight.shape):
+                if folder.shape(weight.name) != tuple(weight.shape):
                     raise ValueError(
                         f"SparseStats, experts: {folder.folder} changes {weight.name} of shape "
-                        f"{folder.shape(weight.name)}; in this run it is {tuple(weight.weight.shape)}. Use "
+                        f"{folder.shape(weight.name)}; in this run it is {tuple(weight.shape)}. Use "
                         "experts of the same base model, or leave it out."
                     )
 
@@ -136,7 +137,7 @@ class SparseStats(lightning.Callback):
         stats = measure(weights, self._folders)
         trained = sum(one.trained for one in stats)
         layers = layer_densities(stats)
-        norms = [float(torch.linalg.vector_norm(weight.values.detach())) for weight in weights]
+        norms = [float(torch.linalg.vector_norm(whole(weight.values.detach()))) for weight in weights]
         scalars = {
             "sparse/density": share_of(trained, sum(one.size for one in stats)),
             "sparse/trained": float(trained),
@@ -160,9 +161,11 @@ class SparseStats(lightning.Callback):
         """Write the table and draw the picture, of how the adapter is now."""
         root = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         folders, self._folders, self._previous = self._folders, {}, None
-        if trainer.fast_dev_run or not self._trained or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not self._trained:  # type: ignore[attr-defined]
             return
-        stats = measure(_sparse_adapter(pl_module).weights, folders)
+        stats = measure(_sparse_adapter(pl_module).weights, folders)  # asks all ranks under sharding
+        if not trainer.is_global_zero:
+            return
         columns, rows = table(stats, list(folders))
         set_aside(root / "sparse_density.csv")
         with (

@@ -139,7 +139,7 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         """Load the base model; for sharding, and where its files allow it, only where they are."""
         from transformers import AutoModelForCausalLM
 
-        options = {"dtype": self.weights_dtype, "attn_implementation": self._attn_implementation}
+        options: dict[str, Any] = {"dtype": self.weights_dtype, "attn_implementation": self._attn_implementation}
         base = None
         if self.sharding is not None:
             base = map_model(place, **options, model_kwargs=self._model_kwargs)
@@ -260,8 +260,7 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         Raises:
             ValueError: If the scheduler needs a metric, which an update does not have.
         """
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self._optimizer(self.adapter.parameter_groups(trained))
+        optimizer = self._optimizer(self._groups())
         self.adapter.watch(optimizer, lambda: self.current_epoch)
         if self._lr_scheduler is None:
             return optimizer
@@ -272,6 +271,15 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
                 "update. Use a schedule over steps, such as torch.optim.lr_scheduler.LinearLR."
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[nn.Parameter] | list[dict[str, Any]]:
+        return self.adapter.parameter_groups([p for p in self.parameters() if p.requires_grad])
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimiser trains."""
+        return [
+            p for group in self._groups() for p in (group["params"] if isinstance(group, dict) else [group])
+        ]
 
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> Tensor:
         """Make one optimiser update from several micro-batches, for modules with manual optimisation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,36 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.files import complete_file
+from lightning_modules.sealed import is_intact, seal
 from lightning_modules.sharded_files import META, is_sharded_checkpoint, read_sharded
 
 # What torch raises for files that are no checkpoint of its own, or a damaged one.
-_UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError)
+_UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+)
 
 
 class CompleteCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, brings it to the disk, and renames it; reads files and folders.
 
-    A run that is killed at any instant leaves the earlier checkpoint or the new one. torch's format has a checksum
-    of each entry, which reading verifies. Nothing but tensors and plain data is read from a checkpoint.
+    A run that is killed at any instant leaves the earlier checkpoint or the new one. Reading verifies a checksum of
+    the whole file. Nothing but tensors and plain data is read from a checkpoint.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Write one file.
 
         Raises:
@@ -44,6 +61,7 @@ class CompleteCheckpointIO(TorchCheckpointIO):
                 shutil.rmtree(target)
             with complete_file(target) as aside:
                 torch.save(checkpoint, aside)
+                seal(aside)
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
             raise OSError(
                 f"The checkpoint {target} cannot be written ({error}). Earlier checkpoints are as they were. Free "
@@ -69,10 +87,14 @@ class CompleteCheckpointIO(TorchCheckpointIO):
                 f"There is no checkpoint {place}. --ckpt_path latest takes the newest one of the run."
             )
         if place.is_dir():
-            raise ValueError(f"{place} is a folder without a checkpoint. Name a file, or a folder with a manifest.")
+            raise ValueError(
+                f"{place} is a folder without a checkpoint. Name a file, or a folder with a manifest."
+            )
         try:
+            if is_intact(place) is False:
+                raise ValueError("it is not what was written")
             loaded = torch.load(place, map_location="cpu", weights_only=weights_only is not False)
-        except _UNREADABLE as error:
+        except (OSError, *_UNREADABLE) as error:  # torch seeks before the start of a file that was cut
             raise ValueError(
                 f"The checkpoint {place} is damaged, or holds more than tensors and plain data "
                 f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}). Go on from an "

@@ -51,7 +51,9 @@ class AdapterCheckpoints(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was learned, and add what an exact resume needs."""
-        checkpoint["state_dict"] = self.adapter.tensors()  # sharded ones are gathered or divided by the strategy
+        checkpoint["state_dict"] = (
+            self.adapter.tensors()
+        )  # sharded ones are gathered or divided by the strategy
         checkpoint["optimizer_settings"] = [settings(one) for one in self.trainer.optimizers]
         checkpoint["left_out"] = self.left_out
         checkpoint["rng_states"] = gathered(rng_state())

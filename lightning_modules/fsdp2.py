@@ -181,14 +181,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(gathered, path, storage_options=storage_options)
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read a checkpoint of either form. Tensors of a folder are read when they are used, row by row.
 
         Raises:
             ValueError: If it is broken or not complete.
         """
         path = Path(self.broadcast(checkpoint_path))
-        loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only is not False)
+        loaded: dict[str, Any] = self.checkpoint_io.load_checkpoint(
+            path, weights_only=weights_only is not False
+        )
         return loaded
 
 

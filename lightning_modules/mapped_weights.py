@@ -93,6 +93,8 @@ def _local_folder(place: str, model_kwargs: Mapping[str, Any]) -> Path:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        kept = {key: value for key, value in model_kwargs.items() if key in ("revision", "token", "cache_dir")}
+        kept = {
+            key: value for key, value in model_kwargs.items() if key in ("revision", "token", "cache_dir")
+        }
         folder = Path(snapshot_download(place, allow_patterns=["*.safetensors", "*.json"], **kept))
     return folder / str(model_kwargs.get("subfolder") or "")

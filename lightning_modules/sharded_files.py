@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -227,7 +226,9 @@ def read_sharded(folder: Path) -> dict[str, Any]:
             folder,
             torch.Size(entry["shape"]),
             getattr(torch, entry["dtype"]),
-            tuple((file, first, end, text) for file, first, end, text in sorted(entry["parts"], key=_first_row)),
+            tuple(
+                (file, first, end, text) for file, first, end, text in sorted(entry["parts"], key=_first_row)
+            ),
         )
         for name, entry in content["tensors"].items()
     }
@@ -256,7 +257,9 @@ def _fill(tree: Any, saved: Mapping[str, SavedTensor], folder: Path) -> Any:
                 raise _broken(folder, f"{tree[_MARK]} is missing")
             return saved[tree[_MARK]]
         return {key: _fill(value, saved, folder) for key, value in tree.items()}
-    return type(tree)(_fill(value, saved, folder) for value in tree) if isinstance(tree, list | tuple) else tree
+    return (
+        type(tree)(_fill(value, saved, folder) for value in tree) if isinstance(tree, list | tuple) else tree
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -284,7 +287,7 @@ def _check_parts(tensor: SavedTensor) -> None:
         return
     row = 0
     for _, first, end, _ in tensor.parts:
-        if first != row or (end == first and math.prod(tensor.shape)):
+        if first != row or (end == first and tensor.shape.numel()):
             raise _broken(tensor.folder, f"rows {row} and on of {tensor.name} are missing")
         row = end
     if row != tensor.shape[0]:
@@ -304,7 +307,8 @@ def _first_row(part: list[Any]) -> int:
 
 def _tensor_hash(tensor: Tensor) -> str:
     flat = tensor.contiguous().flatten()
-    return hashlib.sha256(flat.view(torch.uint8).numpy() if flat.numel() else b"").hexdigest()
+    content: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _file_hash(path: Path) -> str:

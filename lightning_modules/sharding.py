@@ -176,7 +176,8 @@ def sharded_like(full: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return full.to(like.device)
     full = full.to(local(like).device)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    # A copy: what `distribute_tensor` returns keeps all of `full` in memory.
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 def copy_rows(target: Tensor, source: Any) -> None:
@@ -282,7 +283,9 @@ def consolidated_tree(checkpoint: Mapping[str, Any], *, keep: bool) -> dict[str,
         keep: Whether this rank wants the result; others get an empty one.
     """
     learned = consolidated(checkpoint["state_dict"], keep=keep)
-    states = map_tensors(checkpoint.get("optimizer_states", []), lambda _, tensor: _gathered(tensor, keep=keep))
+    states = map_tensors(
+        checkpoint.get("optimizer_states", []), lambda _, tensor: _gathered(tensor, keep=keep)
+    )
     return {**checkpoint, "state_dict": learned, "optimizer_states": states} if keep else {}
 
 

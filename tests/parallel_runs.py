@@ -27,10 +27,19 @@ def spread(completions, **columns):
     return [sum(map(ord, text)) % 2 for text in completions]
 
 
+def spread_unless_dead(completions, task, **columns):
+    """The same, but for rows of the task `dead`, whose completions are all alike."""
+    alive = spread(completions)
+    return [0 if name == "dead" else value for name, value in zip(task, alive, strict=True)]
+
+
 def module_of(case: str) -> tuple[str, dict]:
     """Class and arguments of a case."""
     if case.startswith("sft"):
-        return "SFTModule", {"adapter": lora() if case == "sft_lora" else None, "max_tokens_per_microbatch": 60}
+        return "SFTModule", {
+            "adapter": lora() if case == "sft_lora" else None,
+            "max_tokens_per_microbatch": 60,
+        }
     if case.startswith("grpo"):
         kl = {"adapter": lora(), "kl_coef": 0.1} if case == "grpo_lora" else {"adapter": None}
         return "GRPOModule", {
@@ -51,7 +60,11 @@ def module_of(case: str) -> tuple[str, dict]:
             "score": f"lightning_modules.sparse.scores.{score}",
         }
     router = {"class_path": "TaskRouter" if case == "library" else "PolyRouter"}
-    more = {} if case == "library" else {"experts": 3, "mixing": "lightning_modules.library.mixing.factor_mixing"}
+    more = (
+        {}
+        if case == "library"
+        else {"experts": 3, "mixing": "lightning_modules.library.mixing.factor_mixing"}
+    )
     return "AdapterLibraryModule", {"router": router, "rank": 4, **more}
 
 
@@ -61,7 +74,11 @@ def write_config(case: str, model: str, folder: Path, **trainer) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in (("train", 28), ("val", 6)):
         rows = [
-            {"question": f"{'x' * (i * 7 % 23)} {i} + {i % 5}", "answer": str(i + i % 5), "task": f"task_{i % 3}"}
+            {
+                "question": f"{'x' * (i * 7 % 23)} {i} + {i % 5}",
+                "answer": str(i + i % 5),
+                "task": f"task_{i % 3}",
+            }
             for i in range(size)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -74,7 +91,10 @@ def write_config(case: str, model: str, folder: Path, **trainer) -> Path:
                 # SGD: Adam turns differences of rounding into steps of full size. Momentum is state to be kept.
                 "optimizer": {
                     "class_path": "torch.optim.SGD",
-                    "init_args": {"lr": {"sft_full": 0.05, "grpo_lora": 5.0, "grpo_full": 0.5}.get(case, 0.1), "momentum": 0.9},
+                    "init_args": {
+                        "lr": {"sft_full": 0.05, "grpo_lora": 5.0, "grpo_full": 0.5}.get(case, 0.1),
+                        "momentum": 0.9,
+                    },
                 },
                 **arguments,
             },
@@ -120,8 +140,10 @@ def write_config(case: str, model: str, folder: Path, **trainer) -> Path:
 
 def strategy_options(strategy: str, processes: int, **init_args) -> list[str]:
     """Options that run a configuration on so many processes."""
-    path = {"fsdp2": "lightning_modules.FSDP2Strategy", "ddp": "lightning.pytorch.strategies.DDPStrategy"}[strategy]
-    wait = {"timeout": 60.0} if strategy == "fsdp2" else {}
+    path = {"fsdp2": "lightning_modules.FSDP2Strategy", "ddp": "lightning.pytorch.strategies.DDPStrategy"}[
+        strategy
+    ]
+    wait = {"timeout": 180.0} if strategy == "fsdp2" else {}
     text = json.dumps({"class_path": path, "init_args": {**wait, **init_args}})
     return [
         f"--trainer.strategy={text}",
@@ -144,7 +166,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 400) -> str:
     """Wait for a run and return what it printed; a run that hangs is ended and fails."""
     try:
         out, _ = process.communicate(timeout=timeout)
@@ -155,7 +177,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> str:
     return out
 
 
-def run(*arguments: str, timeout: float = 240, **environment: str) -> str:
+def run(*arguments: str, timeout: float = 400, **environment: str) -> str:
     """Run `quiver` to a good end."""
     process = start(*arguments, **environment)
     out = finish(process, timeout)
@@ -185,6 +207,12 @@ def assert_equal_runs(ours: Path, theirs: Path, case: str, tolerance: float = 1e
     assert one.keys() == two.keys()
     worst = 0.0
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-        worst = max(worst, float((one[name].double() - two[name].double()).abs().max())) if one[name].numel() else worst
+        torch.testing.assert_close(
+            one[name], two[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        worst = (
+            max(worst, float((one[name].double() - two[name].double()).abs().max()))
+            if one[name].numel()
+            else worst
+        )
     return worst

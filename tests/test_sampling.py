@@ -214,3 +214,43 @@ def test_refuses_settings_that_mean_nothing(options, message):
 def test_refuses_no_rows():
     with pytest.raises(ValueError, match="max_rows=0: must be at least 1"):
         GenerateSampler(max_rows=0)
+
+
+SAMPLING = Sampling(max_new_tokens=6, temperature=1.3)
+
+
+def test_a_seeded_row_does_not_depend_on_the_others(model, tiny_model, prompts):
+    seeds = [100 + i for i in range(len(prompts))]
+    together = bound(model, tiny_model).generate(prompts, SAMPLING, seeds=seeds)
+    torch.manual_seed(99)  # makes no difference
+    reverse = bound(model, tiny_model, max_rows=4).generate(prompts[::-1], SAMPLING, seeds=seeds[::-1])
+    assert together.token_ids == reverse.token_ids[::-1]
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone = bound(model, tiny_model).generate([prompt], SAMPLING, seeds=[seed])
+        assert alone.token_ids == [together.token_ids[i]]
+    other = bound(model, tiny_model).generate(prompts, SAMPLING, seeds=[seed + 1 for seed in seeds])
+    assert other.token_ids != together.token_ids
+
+
+def test_seeded_logprobs_are_those_of_the_drawn_tokens(model, tiny_model, prompts):
+    sampling = Sampling(max_new_tokens=6, temperature=2.0, top_k=12, min_p=0.05)
+    got = bound(model, tiny_model).generate(prompts * 4, sampling, seeds=range(4 * len(prompts)))
+    for prompt, ids, logprobs in zip(prompts * 4, got.token_ids, got.logprobs, strict=True):
+        for t, token in enumerate(ids):
+            p = slow_distribution(model, prompt + ids[:t], sampling)
+            assert p[token].log().item() == pytest.approx(logprobs[t], abs=1e-4)
+
+
+def test_seeded_draws_follow_the_distribution(model, tiny_model, prompts):
+    """Chi-square over first tokens, one row for each seed."""
+    sampling = Sampling(max_new_tokens=1, temperature=2.0, top_k=8)
+    number = 4000
+    got = bound(model, tiny_model, max_rows=1000).generate(
+        prompts[:1] * number, sampling, seeds=range(number)
+    )
+    p = slow_distribution(model, prompts[0], sampling)
+    counts = torch.bincount(torch.tensor([ids[0] for ids in got.token_ids]), minlength=len(p)).double()
+    assert counts[p == 0].sum() == 0
+    expected = (number * p.double())[p > 0]
+    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
+    assert chi_square < 24.3  # 7 degrees of freedom, p = 0.001

@@ -196,7 +196,7 @@ class GRPOModule(CausalLMModule):
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
             vocab_size=self.text_config.vocab_size,
             kv_bytes_per_token=kv_bytes_per_token(self.text_config, self.weights_dtype),
-            **parameter_facts(self.model),
+            **parameter_facts(self.model, self.trained_parameters()),
         )
 
     # ------------------------------------------------------------------ the four hooks
@@ -356,9 +356,7 @@ class GRPOModule(CausalLMModule):
         groups = [
             [rows[i] for i in group] for group in plan_micro_batches(sizes, self.max_tokens_per_microbatch)
         ]
-        put = partial(
-            collate, rollout, advantages_B, pad_token_id=self.pad_token_id, device=self.device
-        )
+        put = partial(collate, rollout, advantages_B, pad_token_id=self.pad_token_id, device=self.device)
         # A rank without rows of its own joins the exchange of gradients with a masked row.
         micro_batches = [put(group) for group in groups] or [masked(put([0]))]
         micro_batches = self.in_step(micro_batches, lambda: masked(put([0])))

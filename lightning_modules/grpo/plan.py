@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_modules.sharding import local
 
 _GIB = 2**30
 
@@ -67,19 +70,23 @@ class Plan:
         return "\n".join(lines)
 
 
-def parameter_facts(model: nn.Module) -> dict[str, int]:
-    """Count parameters and their bytes.
+def parameter_facts(model: nn.Module, trained: Sequence[Tensor]) -> dict[str, int]:
+    """Count parameters over all ranks, and the bytes that this rank holds of them.
+
+    Args:
+        model: Sharded or plain.
+        trained: Those that are learned.
 
     Returns:
         `trainable`, `frozen`, `weight_bytes` and `gradient_bytes`.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
     every = list(model.parameters())
+    count = sum(p.numel() for p in trained)
     return {
-        "trainable": sum(p.numel() for p in trained),
-        "frozen": sum(p.numel() for p in every) - sum(p.numel() for p in trained),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in every),
-        "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
+        "trainable": count,
+        "frozen": sum(p.numel() for p in every) - count,
+        "weight_bytes": sum(local(p).numel() * p.element_size() for p in every),
+        "gradient_bytes": sum(local(p).numel() * p.element_size() for p in trained),
     }
 
 

@@ -241,9 +241,9 @@ class LoraHubModule(AdapterLibraryModule):
     def _mean_loss(self, batch: TextBatch) -> Tensor:
         """Mean cross-entropy of the answer tokens of a batch."""
         total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for rows, prompts, answers in self._micro_batches(batch):
-            self.route(batch, rows)
-            logprobs_BT, mask_BT = self._logprobs(prompts, answers)
+        for micro_batch in self._micro_batches(batch):
+            self.route(batch, micro_batch.rows)
+            logprobs_BT, mask_BT = self._logprobs(micro_batch.prompts, micro_batch.answers)
             total -= (logprobs_BT * mask_BT).sum()
             count += mask_BT.sum()
         return total / count

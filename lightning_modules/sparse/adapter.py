@@ -103,7 +103,9 @@ class SparseAdapter(Adapter):
         model.requires_grad_(False)
         self._fingerprint = {name: fingerprint(model.get_parameter(name)) for name in users}
         # The rest of a sharded model stays sharded; a weight that is not (a plain model) is trained where it is.
-        self.weights = [_sparse_weight(name, model.get_parameter(name), found) for name, found in users.items()]
+        self.weights = [
+            _sparse_weight(name, model.get_parameter(name), found) for name, found in users.items()
+        ]
         rule = Rule(self.density, self.score, self.structure, self.block, self.budget, self.schedule)
         self.selection = Selection(self.weights, rule)
         self._hook = model.register_forward_pre_hook(self._before_forward)
@@ -142,8 +144,9 @@ class SparseAdapter(Adapter):
             weight.hand_out_gradient()
 
     def parameter_groups(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the values; a sharded weight requires a gradient without being trained as a whole."""
-        return [weight.values for weight in self.weights]
+        """Leave out sharded weights, which require a gradient without being trained as a whole."""
+        shards = {id(weight.shard) for weight in self.weights if isinstance(weight, ShardedSparseWeight)}
+        return [parameter for parameter in parameters if id(parameter) not in shards]
 
     def synchronize(self) -> None:
         """Write values that have changed into the weights; each forward pass of the model begins with it.

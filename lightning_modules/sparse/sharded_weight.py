@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_modules.sharding import local, local_rows, sharded_like, whole
 from lightning_modules.sparse.delta import SparseDelta
@@ -34,10 +34,13 @@ class ShardedSparseWeight(SparseWeight):
         name: Parameter name in the model.
         weight: The weight, sharded by rows.
         users: Modules that use it. The first one holds values and indices.
+
+    Attributes:
+        shard: The weight, sharded.
     """
 
     def __init__(self, name: str, weight: DTensor, users: Sequence[nn.Module]) -> None:
-        self._shard = weight
+        self.shard = weight
         first, end = local_rows(weight)
         row = weight[0].numel() if weight.dim() > 1 else 1
         self._span = (first * row, end * row)
@@ -60,17 +63,17 @@ class ShardedSparseWeight(SparseWeight):
     @property
     def weight(self) -> Tensor:
         """The whole weight; a collective."""
-        return whole(self._shard.detach())
+        return whole(self.shard.detach())
 
     @property
     def shape(self) -> torch.Size:
         """Of the whole weight."""
-        return self._shard.shape
+        return self.shard.shape
 
     @property
     def device(self) -> torch.device:
         """Where this rank's rows are."""
-        return local(self._shard).device
+        return local(self.shard).device
 
     @property
     def indices(self) -> Tensor | None:
@@ -117,7 +120,7 @@ class ShardedSparseWeight(SparseWeight):
         self._counts = (places[:, 1] - places[:, 0]).tolist()
         own = indices[(indices >= self._span[0]) & (indices < self._span[1])] - self._span[0]
         setattr(self.owner, INDICES, own.int())
-        setattr(self.owner, BASE, local(self._shard.detach()).flatten().index_select(0, own))
+        setattr(self.owner, BASE, local(self.shard.detach()).flatten().index_select(0, own))
         resized = values.shape != self.values.shape
         values = values.detach().float().to(self.device)
         if resized:
@@ -136,13 +139,13 @@ class ShardedSparseWeight(SparseWeight):
         if not always or self._off:
             return
         self._written = 0
-        self._scatter(local(self._shard.detach()), self._chosen())
+        self._scatter(local(self.shard.detach()), self._chosen())
 
     def switch_off(self) -> None:
         """Make the weight the base weight again, until `switch_on`; may be nested."""
         self._off += 1
         if self._off == 1 and self._written is not None:
-            self._scatter(local(self._shard.detach()), self._base())
+            self._scatter(local(self.shard.detach()), self._base())
 
     def switch_on(self) -> None:
         """Undo `switch_off`."""
@@ -153,11 +156,11 @@ class ShardedSparseWeight(SparseWeight):
     def remove(self) -> None:
         """Restore the base weight bit for bit and take everything off the modules."""
         super().remove()
-        self._shard.requires_grad_(False)
+        self.shard.requires_grad_(False)
 
     def _erase(self) -> None:
         if self._written is not None and not self._off:
-            self._scatter(local(self._shard.detach()), self._base())
+            self._scatter(local(self.shard.detach()), self._base())
         self._written = None
 
     def _chosen(self) -> Tensor:
@@ -214,16 +217,15 @@ class ShardedSparseWeight(SparseWeight):
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Keep this rank's rows of a tensor of the whole weight's entries."""
-        return sharded_like(tensor.view(self.shape), self._shard)
+        return sharded_like(tensor.view(self.shape), self.shard)
 
     # ------------------------------------------------------------------ between ranks
 
-    def _evenly(self, entries: Tensor) -> DTensor:
+    def _evenly(self, entries: Tensor) -> Tensor:
         """Cut K entries, the same on every rank, evenly over ranks."""
-        like = torch.distributed.tensor.distribute_tensor(
-            entries, self._shard.device_mesh, self._shard.placements, src_data_rank=None
-        )
-        return like.detach()
+        mesh, places = self.shard.device_mesh, self.shard.placements
+        # A copy: what `distribute_tensor` returns keeps all entries in memory.
+        return distribute_tensor(entries, mesh, places, src_data_rank=None).clone()
 
     def _joined(self, own: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Put what each rank has for its rows after one another (K)."""

@@ -194,7 +194,9 @@ class SparseWeight:
         """Return the gradient of the whole weight, a mean over ranks; of observed ones, their sum."""
         if self.indices is None:  # DDP has averaged it
             gradient = self.values.grad
-            return torch.zeros(self.shape, device=self.device) if gradient is None else gradient.view(self.shape)
+            return (
+                torch.zeros(self.shape, device=self.device) if gradient is None else gradient.view(self.shape)
+            )
         observed, self.observed = self.observed, None
         if observed is None:
             observed = torch.zeros(self.shape, device=self.device)

@@ -1,19 +1,20 @@
 # make demo   trains 2-GRPO on a real language model
 # make test   runs everything that CI runs
+# make audit  looks the tested versions up among known vulnerabilities
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Torch spreads over all cores it sees; a container may own fewer.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types imports check
+.PHONY: demo test lint types imports audit check
 
 demo: $(VENV)/.demo
 	$(BIN)/quiver fit -c configs/grpo/demo.yaml
 
 test: check
 
-check: lint types imports
+check: lint types imports audit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.test
@@ -25,6 +26,12 @@ types: $(VENV)/.test
 
 imports: $(VENV)/.test
 	$(BIN)/lint-imports
+
+# The audit tool brings 25 packages of its own, which are no part of what is tested.
+audit: $(BIN)/python
+	test -x $(VENV)-audit/bin/pip-audit || \
+	    { $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/pip install --quiet pip-audit==2.10.1; } || true
+	$(BIN)/python .ci/audit.py $(VENV)-audit/bin/pip-audit constraints.txt
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

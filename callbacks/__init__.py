@@ -5,9 +5,11 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.held_out_gain import HeldOutGain
 from callbacks.learning_curve import LearningCurve
 from callbacks.library_export import LibraryExport
+from callbacks.rank_watch import RankWatch
 from callbacks.rollout_table import RolloutTable
 from callbacks.routing_report import RoutingReport
 from callbacks.sparse_stats import SparseStats
+from callbacks.wandb_run import WandbRun
 
 __all__ = [
     "AdapterExport",
@@ -15,7 +17,9 @@ __all__ = [
     "HeldOutGain",
     "LearningCurve",
     "LibraryExport",
+    "RankWatch",
     "RolloutTable",
     "RoutingReport",
     "SparseStats",
+    "WandbRun",
 ]

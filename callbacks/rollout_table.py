@@ -12,8 +12,9 @@ import lightning.pytorch as lightning
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules.distributed import gathered
-from lightning_modules.files import complete_file, set_aside
+from lightning_modules.files import complete_file, naming, set_aside
 from lightning_modules.grpo.module import GRPOModule
+from lightning_modules.secrets import redact_strings
 
 _COLUMNS = ["step", "uid", "task", "prompt", "completion", "finish", "tokens", "reward", "advantage"]
 
@@ -83,10 +84,11 @@ class RolloutTable(lightning.Callback):
         if self._target is None:
             return
         step = trainer.fit_loop.total_batch_idx + 1
-        rows = [row for part in gathered(self._rows(step, outputs)) for row in part]
+        # A completion or a reward's log may quote a key of the environment.
+        rows = redact_strings([row for part in gathered(self._rows(step, outputs)) for row in part])
         if not trainer.is_global_zero:
             return
-        with self._target.open("a", encoding="utf-8") as file:
+        with naming(self._target), self._target.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if step % self.table_every_n_steps == 0:
             extra = dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)

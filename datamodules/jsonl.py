@@ -109,8 +109,14 @@ def _parse_line(line: bytes, where: str) -> Mapping[str, Any] | None:
         return None
     try:
         row = json.loads(text)
+        if "\\u" in text:  # an escape can name half a character, which no tokenizer takes
+            json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}: {text[:80]!r}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not text: {error.object[error.start]!r} is half a character") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ValueError(f"{where}: not JSON that can be read: {error}: {text[:80]!r}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a line must be a JSON object, got {type(row).__name__}: {text[:80]!r}")
     return row

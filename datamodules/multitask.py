@@ -152,7 +152,7 @@ class MultiTaskDataModule(TextDataModule):
             return {task: [""] for task in tasks}
         try:
             texts = json.loads(Path(self.instructions).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"instructions={self.instructions!r} is no readable JSON file: {error}"
             ) from error

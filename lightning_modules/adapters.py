@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.batches import Prompt
-from lightning_modules.distributed import is_first_rank
 from lightning_modules.files import complete_folder
+from lightning_modules.ranks import is_first_rank
 from lightning_modules.sharding import consolidated, copy_rows, read, sharded_like
 
 

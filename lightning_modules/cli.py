@@ -22,6 +22,7 @@ RUN_COMMANDS = ("fit", "validate", "test", "predict")
 # Commands that train nothing, as "module:function"; jsonargparse makes their options from the signature.
 LIGHT_COMMANDS = {
     "configs": "lightning_modules.configs:list_configs",
+    "consolidate": "lightning_modules.consolidate:consolidate_checkpoint",
     "export": "lightning_modules.export:export_adapter",
     "merge": "lightning_modules.merging.merge:merge_experts",
 }
@@ -47,10 +48,12 @@ Commands that run a model, from one YAML or several, later ones winning:
   validate   evaluate, validation set quiver validate -c grpo/demo.yaml --ckpt_path FILE
   test       evaluate, test set
   predict    generate completions
+  plan       say what a run needs     quiver plan grpo/demo.yaml --devices 8 --gpu H100-80GB
 
 Commands that train nothing:
   configs    list the configurations that come with quiver
   export     merge an adapter folder into a plain Hugging Face folder, or turn a sparse one into SHiRA
+  consolidate  turn a checkpoint folder that many ranks wrote into one file
   merge      merge experts            quiver merge --method ties --experts A B --output FOLDER
   library    keep experts in a folder: add, remove, list, show, verify, cluster, route, export, ...
 
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 after an error, whose message was printed; 2 for an unknown command; 130 after
-        Ctrl-C. Wrong options raise `SystemExit(2)`.
+        Ctrl-C and 143 after SIGTERM, with several ranks that of rank 0. Wrong options raise `SystemExit(2)`.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -86,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes it an exit with 1
-            return 130
+            return int(getattr(stop.__context__, "exit_code", 130))
         raise
     except Exception as error:
         report(error)
@@ -109,8 +112,10 @@ def _dispatch(arguments: list[str]) -> int:
             f"quiver: error: {name!r} comes before the command. Write: quiver fit {name} ...", file=sys.stderr
         )
         return 2
+    if name == "plan":
+        return int(importlib.import_module("lightning_modules.planning.command").run(rest))
     if name not in RUN_COMMANDS:
-        known = [*RUN_COMMANDS, *LIGHT_COMMANDS, "library"]
+        known = [*RUN_COMMANDS, *LIGHT_COMMANDS, "library", "plan"]
         close = get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
         print(f"quiver: error: unknown command {name!r}. {hint}", file=sys.stderr)

@@ -78,35 +78,10 @@ def gradient_exchange(strategy: Strategy, *, enabled: bool) -> AbstractContextMa
     return strategy.block_backward_sync()
 
 
-def several_ranks() -> bool:
-    """Return whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def is_first_rank() -> bool:
-    """Return whether this is the process that writes files for all."""
-    return not several_ranks() or dist.get_rank() == 0
-
-
 def largest(strategy: Strategy, number: int) -> int:
     """Return the largest number of all ranks; a collective."""
     found = strategy.reduce(torch.tensor(number, device=strategy.root_device), reduce_op="max")
     return int(found)
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average a tensor over all ranks, in place; a collective."""
-    if several_ranks():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
-
-def from_rank_zero(values: Tensor) -> Tensor:
-    """Overwrite a tensor with that of rank 0, in place; a collective."""
-    if several_ranks():
-        dist.broadcast(values, 0)
-    return values
 
 
 def rewrap(strategy: Strategy) -> None:

@@ -10,6 +10,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from lightning_modules.secrets import redact_message
+
 _HOME = Path(__file__).resolve().parent.parent
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _OWN = tuple(_HOME / name for name in ("lightning_modules", "datamodules", "callbacks"))
@@ -22,9 +24,18 @@ _NOISE = re.compile(
 
 
 def report(error: Exception) -> None:
-    """Print an error to stderr: one line, after a traceback where somebody else's code failed.
+    """Print an error to stderr: one line, after a traceback where somebody else's code failed. No secrets.
 
     `QUIVER_TRACEBACK=1` shows the whole traceback of any error.
+
+    Args:
+        error: What ended the command.
+    """
+    print(describe(error), file=sys.stderr)  # noqa: T201
+
+
+def describe(error: BaseException) -> str:
+    """Return what `report` prints.
 
     Args:
         error: What ended the command.
@@ -32,15 +43,17 @@ def report(error: Exception) -> None:
     root: BaseException = error
     while root.__cause__ is not None and "jsonargparse" in _origin(root).parts:
         root = root.__cause__  # a constructor's error, which jsonargparse wraps
+    lines: list[str] = []
     if os.environ.get("QUIVER_TRACEBACK"):
-        traceback.print_exception(error)
+        lines = traceback.format_exception(error)
     elif not _is_message(root):
-        traceback.print_exception(root)
+        lines = traceback.format_exception(root)
     elif root.__cause__ is not None and _is_own(_origin(root)):
         foreign = _foreign_part(root.__cause__.__traceback__)
         if foreign is not None:
-            traceback.print_exception(type(root.__cause__), root.__cause__, foreign)
-    print(f"quiver: error: {shorten(str(root)) or type(root).__name__}", file=sys.stderr)  # noqa: T201
+            lines = traceback.format_exception(type(root.__cause__), root.__cause__, foreign)
+    lines.append(f"quiver: error: {shorten(str(root)) or type(root).__name__}")
+    return redact_message("".join(lines))
 
 
 def shorten(message: str) -> str:
@@ -79,8 +92,10 @@ def _is_message(error: BaseException) -> bool:
 def _foreign_part(frames: TracebackType | None) -> TracebackType | None:
     """The frames from the first on that is neither ours nor Python's; None if there is none."""
     while frames is not None:
-        file = Path(frames.tb_frame.f_code.co_filename).resolve()
-        is_pythons = file.is_relative_to(_STANDARD_LIBRARY) and "site-packages" not in file.parts
+        name = frames.tb_frame.f_code.co_filename
+        file = Path(name).resolve()
+        in_library = file.is_relative_to(_STANDARD_LIBRARY) and "site-packages" not in file.parts
+        is_pythons = in_library or name.startswith("<frozen ")  # codecs, importlib
         if not _is_own(file) and not is_pythons:
             return frames
         frames = frames.tb_next

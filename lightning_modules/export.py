@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_modules.checksums import check_checksums, write_checksums
 from lightning_modules.files import complete_folder
+from lightning_modules.library.inspect_adapter import check_files
+from lightning_modules.merging.reading import open_tensors
+from lightning_modules.secrets import redact
 from lightning_modules.sources import check_model, resolve_model
 from lightning_modules.sparse.expert import SparseExpert
 from lightning_modules.sparse.shira import export_shira, import_shira
@@ -43,12 +48,14 @@ Versions: {versions}.
 """
 
 _LOAD_ADAPTER = """from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
 
 _LOAD_CONVERTED_ADAPTER = """from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.sources import resolve_model  # pip install 'lightning-quiver[gguf]'
@@ -79,7 +86,14 @@ _LOAD_MODEL = """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")"""
 
 
-def save_adapter(module: CausalLMModule, folder: Path, *, steps: int, metrics: Mapping[str, float]) -> None:
+def save_adapter(
+    module: CausalLMModule,
+    folder: Path,
+    *,
+    steps: int,
+    metrics: Mapping[str, float],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a module's adapter, its tokenizer and a model card.
 
     Args:
@@ -87,12 +101,17 @@ def save_adapter(module: CausalLMModule, folder: Path, *, steps: int, metrics: M
         folder: The folder to make. An earlier one of this name is renamed, not overwritten.
         steps: Training steps, for the card.
         metrics: Metrics for the card.
+        state: What `module.adapter.state_dict()` returns; None asks for it. Under sharding all ranks ask, and one
+            saves.
     """
     with complete_folder(folder) as aside:
-        module.adapter.write(aside)
+        module.adapter.write(aside, state)
         name_base(aside / "adapter_config.json", module.source)
         module.tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(_card(module, folder.name, steps, metrics, aside), encoding="utf-8")
+        card = _card(module, folder.name, steps, metrics, aside)
+        (aside / "README.md").write_text(redact(card), encoding="utf-8")
+        if not (aside / "index.json").exists():  # a library has its own
+            write_checksums(aside)
 
 
 def name_base(config: Path, source: str) -> None:
@@ -163,6 +182,7 @@ def export_adapter(
         raise ValueError(f"adapter={adapter!r} is no adapter folder: it has no adapter_config.json.")
     if target.exists():
         raise ValueError(f"output={output!r} exists already. Give a new folder, or remove that one.")
+    check_checksums(source, (config.name, "adapter_model.safetensors"))
     facts = read_json(config)
     if not isinstance(facts, dict):
         raise ValueError(f"{config} describes no adapter.")
@@ -178,10 +198,11 @@ def export_adapter(
         if facts.get("peft_type") == PEFT_TYPE:
             SparseExpert(source).apply(model)
         else:
-            model = PeftModel.from_pretrained(model, source).merge_and_unload()
+            model = _with_peft(model, source).merge_and_unload()
         with complete_folder(target) as folder:
             model.save_pretrained(folder)
             AutoTokenizer.from_pretrained(resolve_model(str(base))).save_pretrained(folder)
+            write_checksums(folder)
     what = {
         "model": "the merged model, in float32,",
         "shira": "a SHiRA adapter",
@@ -192,3 +213,24 @@ def export_adapter(
 
 def _load_base(base: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve_model(base), dtype=torch.float32)
+
+
+def _with_peft(model: Any, source: Path) -> Any:
+    """Put an adapter of PEFT into a model, whole; PEFT only warns where weights are missing."""
+    check_files(source)
+    try:
+        adapted = PeftModel.from_pretrained(model, source)
+    except Exception as error:  # of many kinds, for a configuration that makes no sense
+        said = str(error).splitlines()
+        raise ValueError(
+            f"{source} is no adapter that PEFT can load into this model: {type(error).__name__}: "
+            f"{said[0] if said else ''}. Copy it again, or give its own base model with --base."
+        ) from None
+    held = set(open_tensors(source / "adapter_model.safetensors").keys())
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if missing := sorted(expected.keys() - held):
+        raise ValueError(
+            f"{source / 'adapter_model.safetensors'} lacks {missing[0]}, which its adapter_config.json promises. Copy "
+            "the folder again."
+        )
+    return adapted

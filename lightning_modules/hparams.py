@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lightning_modules.secrets import without_secrets
+
 
 class NotPlainError(TypeError):
     """A value that cannot be written as plain data, such as a lambda."""
@@ -71,10 +73,11 @@ def plain(value: Any) -> Any:
 
 
 def plain_hparams(hparams: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Apply `plain` to each hyper-parameter.
+    """Apply `plain` to each hyper-parameter, and leave secrets such as API keys out.
 
     Returns:
-        The plain ones, and the names of those that have no plain form.
+        The plain ones, and the names of those that have no plain form or are secrets. A secret inside of an
+        argument has a dotted name, `model_kwargs.token`.
     """
     result, left_out = {}, []
     for name, value in hparams.items():
@@ -82,7 +85,26 @@ def plain_hparams(hparams: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             result[name] = plain(value)
         except NotPlainError:
             left_out.append(name)
-    return result, left_out
+    shown, secrets = without_secrets(result)
+    return shown, [*left_out, *secrets]
+
+
+def withhold_secrets(module: Any) -> None:
+    """Take secrets out of the hyper-parameters that a module's checkpoints and loggers show.
+
+    The module itself keeps them. A checkpoint of a `CausalLMModule` names what it lacks.
+
+    Args:
+        module: A LightningModule or LightningDataModule.
+    """
+    for name in ("_hparams", "_hparams_initial"):  # Lightning logs one and saves the other
+        hparams = vars(module).get(name)
+        if isinstance(hparams, dict):
+            shown, secrets = without_secrets(hparams)
+            hparams.clear()
+            hparams.update(shown)
+            if name == "_hparams" and hasattr(module, "left_out"):
+                module.left_out = [*module.left_out, *secrets]
 
 
 def _parameters(value: object) -> set[str]:

@@ -6,28 +6,36 @@ import inspect
 import json
 import logging
 import os
-import re
 import sys
 import warnings
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from pydoc import locate
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as lightning
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 
 import callbacks
 import datamodules
 import lightning_modules
+from callbacks.rank_watch import follow_parent
+from lightning_modules.checkpoint_io import latest_checkpoint
 from lightning_modules.configs import find_config
 from lightning_modules.distributed import gathered
-from lightning_modules.errors import shorten
 from lightning_modules.files import complete_file, set_aside
+from lightning_modules.guarded_cli import GuardedCLI
+from lightning_modules.hparams import withhold_secrets
+from lightning_modules.parsing import NamedConfigFile, QuiverParser
+from lightning_modules.secrets import (
+    REDACTED,
+    redacted_yaml,
+    remember,
+    secret_places,
+    secrets_in,
+    secrets_in_arguments,
+)
 
 # Short class names resolve among imported classes, so each public one is imported here.
 PUBLIC_CLASSES = [
@@ -35,7 +43,6 @@ PUBLIC_CLASSES = [
     for package in (lightning_modules, datamodules, callbacks)
     for name in package.__all__
 ]
-
 
 # What these warn of is intended here, or is not ours to change.
 for message in (
@@ -46,7 +53,8 @@ for message in (
     "COBYLA: Invalid RHOEND",  # from inside nevergrad
     "Attribute .* is an instance of `nn.Module`",  # a router before it meets its experts; it is written as text
     "Total length of `list` across ranks is zero",  # a data set without validation rows
-    "Experiment logs directory .* exists and is not empty",  # `before_fit` keeps the metrics it holds
+    "Experiment logs directory .* exists and is not empty",  # `take_folders` keeps the metrics it holds
+    "Checkpoint directory .* exists and is not empty",  # of ours, it holds our lock; nothing is overwritten
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning calls it
     "`is_gradient_checkpointing` is deprecated",  # transformers calls it
 ):
@@ -55,64 +63,14 @@ for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilitie
     logging.getLogger(name).addFilter(lambda record: "💡 Tip" not in record.getMessage())
 
 
-class NamedConfigFile(ActionConfigFile):  # type: ignore[misc]
-    """A `-c` option that also takes the name of one of our configurations."""
-
-    @staticmethod
-    def apply_config(parser: Any, cfg: Any, dest: str, value: Any) -> None:
-        """Read the file that `value` names."""
-        ActionConfigFile.apply_config(
-            parser, cfg, dest, find_config(value) if isinstance(value, str) else value
-        )
-
-
-class QuiverParser(LightningArgumentParser):
-    """A parser whose error is one line with a remedy, in place of two screens of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong, and exit with 2."""
-        if not self.exit_on_error:  # a parser inside another one
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        text = shorten(message).rstrip(".")
-        self.exit(2, f"quiver: error: {text}. {_remedy(text, parser)}\n")
-
-
-def _remedy(text: str, parser: LightningArgumentParser) -> str:
-    """What to do about an error of the parser."""
-    if "File does not exist" in text:
-        return "`quiver configs` lists the configurations that come with quiver."
-    if "are required" in text:
-        return "Give a configuration: quiver fit -c FILE. `quiver configs` lists ours."
-    classes = re.findall(r"class_path '([\w.]+)'", text)
-    if option := re.search(r"[Oo]ption '([\w.]+)' is not accepted|not accept option '([\w.]+)'", text):
-        known = {action.dest for action in parser._actions}
-        if classes:
-            known = _parameters(classes[-1])
-        close = get_close_matches(option[1] or option[2], known, n=1)
-    elif short_name := re.search(r"there is no class (\w+)", text):
-        close = get_close_matches(
-            short_name[1], [one.__name__ for one in PUBLIC_CLASSES if inspect.isclass(one)], n=1
-        )
-    else:
-        close = []
-    if close:
-        return f"Did you mean {close[0]}?"
-    command = parser.prog.replace(" [options]", "")
-    part = re.match(r'Parser key "(model|data)"', text)
-    options = f"--{part[1]}.help {classes[0]}" if part and len(classes) == 1 else "--help"
-    return f"`{command} {options}` lists what there is."
-
-
-def _parameters(class_path: str) -> set[str]:
-    """Names of a class's constructor arguments, those included that it hands to its bases."""
-    found = locate(class_path)
-    bases = inspect.getmro(found) if inspect.isclass(found) else ()
-    return {name for base in bases if "__init__" in vars(base) for name in inspect.signature(base).parameters}
+QuiverParser.class_names = [one.__name__ for one in PUBLIC_CLASSES if inspect.isclass(one)]
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the full configuration beside the run's other files, and to W&B. Earlier ones are kept."""
+    """Writes the full configuration, without secrets, beside the run's other files, and to W&B.
+
+    Earlier ones are kept.
+    """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Write nothing yet: a run that fails before it starts leaves no file."""
@@ -122,7 +80,7 @@ class SaveConfig(SaveConfigCallback):
         folder = trainer.log_dir or trainer.default_root_dir
         if not trainer.is_global_zero:
             return
-        text = self.parser.dump(self.config, skip_none=False)
+        text = redacted_yaml(self.parser.dump(self.config, skip_none=False))
         target = Path(folder) / self.config_filename
         set_aside(target)
         with complete_file(target) as file:
@@ -132,7 +90,7 @@ class SaveConfig(SaveConfigCallback):
                 logger.log_hyperparams({"config": text})
 
 
-class QuiverCLI(LightningCLI):
+class QuiverCLI(GuardedCLI):
     """LightningCLI with named configurations and without its surprises."""
 
     def __init__(self, args: list[str]) -> None:
@@ -151,7 +109,6 @@ class QuiverCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
             seed_everything_default=42,
-            trainer_defaults={"callbacks": [callbacks.GracefulStop()]},
             parser_class=QuiverParser,
             parser_kwargs={"prog": "quiver", **options, **dict.fromkeys(self.subcommands(), options)},
             args=args,
@@ -171,7 +128,22 @@ class QuiverCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args`, without LightningCLI's warning about a program that was started with others."""
+        QuiverParser.files = []
         self.config = parser.parse_args(args)
+        settings = self.config.as_dict()
+        remember(secrets_in(settings))
+        if places := secret_places(settings):
+            parser.error(
+                f"{places[0]} is {REDACTED!r}, as Quiver writes in place of a key or password. Give it in a "
+                "further -c file or in the environment"
+            )
+
+    def instantiate_classes(self) -> None:
+        """Build everything; the classes get the secrets, checkpoints and loggers do not."""
+        super().instantiate_classes()
+        for part in (self.model, self.datamodule):
+            if part is not None:
+                withhold_secrets(part)
 
     def _parse_ckpt_path(self) -> None:
         """Do not let hyper-parameters in a checkpoint override the YAML, as LightningCLI does by default."""
@@ -179,49 +151,60 @@ class QuiverCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Unpickle nothing from a checkpoint unless `--weights_only false` asks for it; Lightning would."""
         arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
-        return {**arguments, "weights_only": arguments.get("weights_only") is not False}
+        return {
+            **arguments,
+            "ckpt_path": self.config[subcommand].get("ckpt_path"),  # `latest` has a name by now
+            "weights_only": arguments.get("weights_only") is not False,
+        }
+
+    def _find_latest(self, command: str) -> None:
+        """Put the newest complete checkpoint in place of `--ckpt_path latest`; nothing if there is none yet.
+
+        Raises:
+            ValueError: If no folder of checkpoints is known, or there is nothing to validate, test or predict with.
+        """
+        if self.config[command].get("ckpt_path") != "latest":
+            return
+        savers = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        folders = [Path(one.dirpath) for one in savers if one.dirpath]
+        if not folders:
+            raise ValueError("ckpt_path: latest looks in the dirpath of ModelCheckpoint, and none is set. Set one.")
+        found = latest_checkpoint([*folders, Path(self.trainer.default_root_dir)])
+        if found is None and command != "fit":
+            raise ValueError(f"ckpt_path: latest: there is no checkpoint in {folders[0]}. Train first: quiver fit.")
+        self.config[command]["ckpt_path"] = None if found is None else str(found)
+        if self.trainer.is_global_zero:
+            what = f"Going on from {found}." if found else f"No checkpoint in {folders[0]} yet: starting anew."
+            sys.stderr.write(what + "\n")
 
     def _check_inputs(self, stage: str) -> None:
-        """Meet problems of data and model before any logger or folder is made."""
+        """Meet problems of data, model and checkpoint before any logger or folder is made."""
+        self._find_latest(stage)
         if isinstance(self.datamodule, datamodules.TextDataModule):
             self.datamodule.setup(stage)
         if isinstance(self.model, lightning_modules.CausalLMModule):
             self.model.check_source()
 
     def before_fit(self) -> None:
-        """Check inputs, and keep files of an earlier run that would be deleted or mistaken for this one's."""
+        """Check inputs, take the run's folders, and start its W&B run."""
         self._check_inputs("fit")
-        self._kept: dict[Path, Path] = {}
-        trainer = self.trainer
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        csv_loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
-        targets = [Path(logger.log_dir) / "metrics.csv" for logger in csv_loggers]
-        if not self.config["fit"].get("ckpt_path"):
-            savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-            folders = [Path(one.dirpath) for one in savers if one.dirpath]
-            targets += [folder / name for folder in folders for name in ("last.ckpt", "interrupted.ckpt")]
-        for target in targets:
-            if kept := set_aside(target):
-                self._kept[target] = kept
-
-    def after_fit(self) -> None:
-        """Put back what a run without a step to do has not replaced."""
-        for target, kept in self._kept.items():
-            if target.name == "metrics.csv" and not target.exists():
-                kept.rename(target)
+        self.take_folders("fit")
+        self.own_callback(callbacks.WandbRun).begin(self.trainer, self.config["fit"].get("ckpt_path"))
 
     def before_validate(self) -> None:
         """Check inputs."""
         self._check_inputs("validate")
+        self.take_folders("validate")
 
     def before_test(self) -> None:
         """Check inputs."""
         self._check_inputs("test")
+        self.take_folders("test")
 
     def before_predict(self) -> None:
         """Check inputs."""
         self._check_inputs("predict")
+        self.take_folders("predict")
 
     def predict(self, **arguments: Any) -> None:
         """Print one JSON line per row: `uid`, `prompt`, `completion`."""
@@ -240,10 +223,17 @@ def run(args: list[str]) -> int:
         args: The command and its options.
 
     Returns:
-        0, or 130 when Ctrl-C or SIGTERM stopped the run.
+        0; or, of rank 0, 130 when Ctrl-C and 143 when SIGTERM stopped the run.
     """
+    follow_parent()
     # W&B would end with two screens of its own history, after the results of the run.
     os.environ.setdefault("WANDB_QUIET", "true")
+    # Without W&B a run goes on: it must not wait for it at its start, nor for hours at its end.
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")
+    if given := secrets_in_arguments(args):
+        remember(given)
+        os.environ["WANDB_X_DISABLE_META"] = "true"  # W&B would write the command line
     failed = 1
     try:
         cli = QuiverCLI(args)
@@ -252,9 +242,11 @@ def run(args: list[str]) -> int:
         # A W&B run that stays open would swallow the next one of this process.
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            wandb.finish(exit_code=failed)
-    stopped = any(
-        isinstance(callback, callbacks.GracefulStop) and callback.stopped
-        for callback in cli.trainer.callbacks  # type: ignore[attr-defined]
-    )
-    return 130 if stopped else 0
+            folder = Path(wandb.run.dir).parent
+            try:
+                wandb.finish(exit_code=failed)
+            except Exception as error:  # of its own process or its server; the run itself has ended
+                sys.stderr.write(f"W&B did not end well ({error}). To upload the run: wandb sync {folder}\n")
+    stop = cli.own_callback(callbacks.GracefulStop)
+    # The other ranks end with 0: a launcher that sees an error kills rank 0 while it still writes.
+    return 128 + stop.number if stop.stopped and cli.trainer.is_global_zero else 0

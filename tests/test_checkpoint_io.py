@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_modules.checkpoint_io import AsyncCompleteCheckpointIO, CompleteCheckpointIO, latest_checkpoint
+from lightning_modules.cli import main
 from lightning_modules.sharded_files import (
     MANIFEST,
     META,
@@ -240,3 +241,15 @@ def test_in_a_thread_a_failed_write_keeps_the_earlier_one(tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         io.teardown()
     assert (tmp_path / "1.ckpt").is_file()
+
+
+def test_a_folder_becomes_a_file_from_the_command_line(tmp_path, capsys):
+    write_sharded(checkpoint(), tmp_path / "x.ckpt")
+    target = tmp_path / "whole.ckpt"
+    assert main(["consolidate", str(tmp_path / "x.ckpt"), str(target)]) == 0
+    assert_equal(CompleteCheckpointIO().load_checkpoint(target), checkpoint())
+    assert main(["consolidate", str(tmp_path / "x.ckpt"), str(target)]) == 1
+    assert main(["consolidate", str(target), str(tmp_path / "y.ckpt")]) == 1
+    err = capsys.readouterr().err
+    assert "exists already" in err
+    assert "no checkpoint folder" in err

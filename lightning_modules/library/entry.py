@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_modules.checksums import checksum
 from lightning_modules.merging.experts import Expert, open_expert
 from lightning_modules.merging.reading import read_object
 
@@ -54,6 +54,10 @@ class AdapterEntry:
         Raises:
             ValueError: If a file is missing, broken, or not what was added.
         """
+        if self.folder.is_symlink():
+            raise ValueError(
+                f"{self.folder} is a link. Remove {self.name!r} from the library and add it again."
+            )
         for file, expected in self.checksums.items():
             path = self.folder / file
             if path.is_symlink() or not path.is_file():
@@ -82,12 +86,6 @@ class AdapterEntry:
         """Return what the index keeps."""
         names = [field.name for field in fields(self) if field.name not in ("name", "folder")]
         return {name: getattr(self, name) for name in names}
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_name(name: str) -> str:

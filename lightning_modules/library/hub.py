@@ -6,11 +6,17 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
+from lightning_modules.checksums import SUMS
 from lightning_modules.library.store import AdapterLibrary
 
-_PATTERNS = ["*.safetensors", "*.json", "*.md"]
+_PATTERNS = ["*.safetensors", "*.json", "*.md", SUMS]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,7 +55,7 @@ def push(library: AdapterLibrary, repo: str, *, private: bool = True) -> str:
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=library.root, allow_patterns=_PATTERNS)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(f"repo={repo!r}: the hub took nothing. {error}") from error
     return str(address)
 
@@ -77,7 +83,13 @@ def pull(repo: str, root: Path, revision: str | None = None) -> AdapterLibrary:
 def _download(repo: str, revision: str | None, root: Path | None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, local_dir=root, allow_patterns=_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         raise ValueError(
             f"{repo!r} is no folder here, and as a hub id it cannot be downloaded. {error}"
         ) from error

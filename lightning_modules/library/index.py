@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +62,27 @@ class Base:
         return Base(self.name, {**self.shapes, **found.shapes}, {**self.fingerprint, **found.fingerprint})
 
 
+def index_text(version: int, base: Base, entries: Mapping[str, AdapterEntry]) -> str:
+    """Return what `index.json` holds.
+
+    Args:
+        version: Of the format.
+        base: The base model.
+        entries: By name.
+    """
+    content = {
+        "format": version,
+        "base": vars(base),
+        "experts": {name: entry.as_json() for name, entry in entries.items()},
+    }
+    return json.dumps({"sha256": _checksum(content), **content}, separators=(",", ":"))
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_index(path: Path, version: int) -> tuple[Base, dict[str, AdapterEntry]]:
     """Read and check an index.
 
@@ -71,8 +94,8 @@ def read_index(path: Path, version: int) -> tuple[Base, dict[str, AdapterEntry]]
         The base model, and entries by name.
 
     Raises:
-        ValueError: If it is no index, of another format, or an entry is malformed or names a place outside of the
-            library.
+        ValueError: If it is no index, of another format, not what was written, or an entry is malformed or names a
+            place outside of the library.
     """
     content = read_object(path)
     if content.get("format") != version:
@@ -82,9 +105,17 @@ def read_index(path: Path, version: int) -> tuple[Base, dict[str, AdapterEntry]]
     experts = content.get("experts")
     if not isinstance(experts, dict):
         raise ValueError(f"{path} names no experts. Restore it, or make the library again.")
-    return _base(path, content.get("base")), {
-        name: _entry(path, name, values) for name, values in experts.items()
-    }
+    base = _base(path, content.get("base"))
+    entries = {name: _entry(path, name, values) for name, values in experts.items()}
+    expected = content.pop("sha256", None)  # older libraries have none
+    if unknown := content.keys() - {"format", "base", "experts"}:
+        raise ValueError(f"{path} has an unknown {min(unknown)!r}. Restore it, or make the library again.")
+    if expected is not None and expected != _checksum(content):
+        raise ValueError(
+            f"{path} is damaged: it has changed since it was written. Restore it; if you changed it on purpose, delete "
+            'its "sha256".'
+        )
+    return base, entries
 
 
 def _base(path: Path, values: Any) -> Base:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.layers import LoraStack, RoutedLinear
@@ -40,6 +41,7 @@ def export_mixture(adapter: RoutedAdapter, folder: Path, task: str | None = None
     factors = mixture_as_lora(adapter, task)
     with complete_folder(folder) as aside:
         write_expert(aside, factors, adapter.source)
+        write_checksums(aside)
 
 
 @torch.no_grad()

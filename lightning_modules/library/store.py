@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_modules.checksums import checksum
 from lightning_modules.files import complete_file, complete_folder
-from lightning_modules.library.entry import FACTS, AdapterEntry, check_name, checksum
-from lightning_modules.library.index import Base, read_index
+from lightning_modules.library.arrays import read_arrays, write_arrays
+from lightning_modules.library.entry import FACTS, AdapterEntry, check_name
+from lightning_modules.library.index import Base, index_text, read_index
 from lightning_modules.library.inspect_adapter import CONFIG, WEIGHTS, inspect_adapter
 
 INDEX = "index.json"
@@ -161,12 +161,7 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
             kind: What they are.
             settings: What else they depend on.
         """
-        file = self._arrays_file(name, kind, settings or {})
-        try:
-            arrays: dict[str, Tensor] = load_file(file)
-            return arrays
-        except (FileNotFoundError, SafetensorError):  # a broken file is as good as none: it is made again
-            return None
+        return read_arrays(self._arrays_file(name, kind, settings or {}))
 
     def put_arrays(
         self, name: str, kind: str, arrays: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
@@ -180,7 +175,7 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
             settings: What else they depend on.
         """
         with complete_file(self._arrays_file(name, kind, settings or {})) as aside:
-            save_file(dict(arrays), aside, metadata={"expert": name, "kind": kind})
+            write_arrays(aside, arrays, {"expert": name, "kind": kind})
 
     def arrays(
         self, name: str, kind: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
@@ -222,6 +217,8 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        if (self.root / "experts").is_symlink():  # what is removed from there would be gone elsewhere
+            raise ValueError(f"{self.root / 'experts'} is a link. Put the folder itself there.")
         try:
             with FileLock(self.root / ".lock"):
                 yield
@@ -239,11 +236,6 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
         return self._entries
 
     def _write(self, base: Base, entries: Mapping[str, AdapterEntry]) -> None:
-        content = {
-            "format": FORMAT,
-            "base": vars(base),
-            "experts": {name: entry.as_json() for name, entry in entries.items()},
-        }
         with complete_file(self.root / INDEX) as aside:
-            aside.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+            aside.write_text(index_text(FORMAT, base, entries), encoding="utf-8")
         self._seen = None

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.checksums import check_checksums
 from lightning_modules.merging.lora import LoraFactors
+from lightning_modules.merging.lora_config import check_lora_config
 from lightning_modules.merging.reading import INDEX, MODEL, model_files, open_tensors, read_object
 from lightning_modules.merging.vectors import Delta
 from lightning_modules.sparse.storage import PEFT_TYPE, SparseFolder
@@ -18,22 +20,6 @@ from lightning_modules.sparse.storage import PEFT_TYPE, SparseFolder
 _ADAPTER = "adapter_model.safetensors"
 _COPY = ".base_layer.weight"  # PEFT adds the frozen weight of a head that has factors
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
-# Settings under which B A x scaling is not all that a LoRA adapter changes, or not always.
-_BEYOND_LORA = (
-    "use_dora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights too
 
 
 class Expert(ABC):
@@ -125,8 +111,8 @@ class LoraExpert(Expert):
     """A LoRA adapter of PEFT: plain LoRA or rsLoRA of linear layers."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        check_lora_config(folder, config)
         super().__init__(folder, config.get("base_model_name_or_path") or None)
-        _refuse_beyond_lora(folder, config)
         self._config = config
         self._tensors = open_tensors(folder / _ADAPTER)
         keys = set(self._tensors.keys())
@@ -161,10 +147,6 @@ class LoraExpert(Expert):
         for name in self._keys:
             A, B, scaling = self._factors(name)
             where = f"{self.folder / _ADAPTER}: {name}"
-            if A.dim() != 2 or B.dim() != 2 or B.shape[1] != len(A):
-                raise ValueError(
-                    f"{where}: factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not match."
-                )
             if not math.isfinite(scaling):
                 raise ValueError(f"{where}: alpha / r is {scaling}. Save the adapter again.")
             for factor in (A, B):
@@ -177,10 +159,9 @@ class LoraExpert(Expert):
         from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, whose weight is (in, out)
 
         weights = dict(model.named_parameters(remove_duplicate=False))
-        for name, stem in self._keys.items():
+        for name in self._keys:
             _check_known(self.folder, name, weights)
-            rows = self._tensors.get_slice(stem + _LORA_B).get_shape()[0]
-            columns = self._tensors.get_slice(stem + _LORA_A).get_shape()[1]
+            (_, columns), (rows, _) = self._shapes(name)
             if isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D):
                 self._transposed.add(name)
             shape = (columns, rows) if name in self._transposed else (rows, columns)
@@ -209,14 +190,24 @@ class LoraExpert(Expert):
         """Read the factors of one weight; patterns are resolved as PEFT does."""
         from peft.utils.other import get_pattern_key
 
+        self._shapes(name)
         stem = self._keys[name]
         A, B = self._tensors.get_tensor(stem + _LORA_A), self._tensors.get_tensor(stem + _LORA_B)
         alphas = self._config.get("alpha_pattern") or {}
         module = name.removesuffix(".weight")
         alpha = alphas.get(get_pattern_key(alphas.keys(), module), self._config["lora_alpha"])
-        rank = len(A)
+        rank = max(len(A), 1)
         scaling = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
         return LoraFactors(A.float(), B.float(), scaling)
+
+    def _shapes(self, name: str) -> tuple[list[int], list[int]]:
+        """Return the shapes of A and B, checked."""
+        A, B = (self._tensors.get_slice(self._keys[name] + side).get_shape() for side in (_LORA_A, _LORA_B))
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+            raise ValueError(
+                f"{self.folder / _ADAPTER}: {name}: factors of shapes {tuple(A)} and {tuple(B)} do not match."
+            )
+        return A, B
 
 
 class ModelExpert(Expert):
@@ -224,7 +215,9 @@ class ModelExpert(Expert):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, None)
+        check_checksums(folder, (INDEX, MODEL))
         self._files = model_files(folder)
+        check_checksums(folder, set(self._files.values()) - {MODEL})
         opened = {file: open_tensors(folder / file) for file in sorted(set(self._files.values()))}
         self._tensors = {name: opened[file] for name, file in self._files.items()}
         held = {file: set(tensors.keys()) for file, tensors in opened.items()}
@@ -289,6 +282,7 @@ def open_expert(folder: str) -> Expert:
     if not path.is_dir():
         raise ValueError(f"experts: there is no folder {folder!r} (looked for {path.absolute()}).")
     if (path / "adapter_config.json").is_file():
+        check_checksums(path, ("adapter_config.json", _ADAPTER))
         config = read_object(path / "adapter_config.json")
         kind = config.get("peft_type")
         if kind == PEFT_TYPE:
@@ -306,21 +300,6 @@ def open_expert(folder: str) -> Expert:
         f"experts: {path} is no expert: it holds {present}. Expected adapter_config.json with {_ADAPTER}, or "
         f"config.json with {MODEL}."
     )
-
-
-def _refuse_beyond_lora(folder: Path, config: Mapping[str, Any]) -> None:
-    settings = [f"{name}={config[name]!r}" for name in _BEYOND_LORA if config.get(name)]
-    if config.get("bias", "none") != "none":
-        settings.append(f"bias={config['bias']!r}")
-    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        settings.append(f"init_lora_weights={config['init_lora_weights']!r}")
-    if settings:
-        raise ValueError(
-            f"{folder} was trained with {', '.join(settings)}, so it changes more than LoRA factors say. "
-            "Merge it into its base model with quiver export and give the model's folder as the expert."
-        )
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise ValueError(f"{folder / 'adapter_config.json'} names no lora_alpha. Save the adapter again.")
 
 
 def _check_known(folder: Path, name: str, weights: Mapping[str, Tensor]) -> None:

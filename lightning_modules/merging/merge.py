@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.merging.experts import Expert, open_expert
 from lightning_modules.merging.methods import METHODS_OF_FACTORS, Method, check_options, find_method
@@ -105,6 +106,7 @@ def merge_experts(
         AutoTokenizer.from_pretrained(place).save_pretrained(folder)
         card = _card(target.name, source, method, settings, experts)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        write_checksums(folder)
     print(_summary(method, len(opened), tally, note, target))  # noqa: T201
 
 

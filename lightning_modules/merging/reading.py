@@ -28,6 +28,11 @@ def model_files(folder: Path) -> dict[str, str]:
         files = read_object(folder / INDEX).get("weight_map")
         if not isinstance(files, dict):
             raise ValueError(f"{folder / INDEX} has no weight_map. Save the model again.")
+        for file in files.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(
+                    f"{folder / INDEX} names {file!r}, which is no file in this folder. Copy it again."
+                )
         return files
     if not (folder / MODEL).is_file():
         raise ValueError(

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_modules.adapters import Adapter
-from lightning_modules.distributed import several_ranks
+from lightning_modules.ranks import several_ranks
 from lightning_modules.sharding import read, sharded_modules, whole
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.masks import Structure, check_density, unit_sums

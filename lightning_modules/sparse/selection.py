@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_modules.distributed import from_rank_zero
+from lightning_modules.ranks import from_rank_zero
 from lightning_modules.sharding import whole
 from lightning_modules.sparse.masks import Structure, budget, count_units, replace, select, select_across
 from lightning_modules.sparse.moments import carry_moments, positions, taken

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_modules.checksums import check_checksums, write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.storage import (
@@ -70,6 +71,7 @@ def export_shira(folder: str | Path, output: str | Path) -> None:
     with complete_folder(Path(output)) as aside:
         save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        write_checksums(aside)
 
 
 def import_shira(folder: str | Path, output: str | Path, model: nn.Module, base: str | None = None) -> None:
@@ -87,6 +89,7 @@ def import_shira(folder: str | Path, output: str | Path, model: nn.Module, base:
     source = Path(folder)
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} is no adapter folder: it has no {CONFIG}.")
+    check_checksums(source, (CONFIG, TENSORS))
     config: dict[str, Any] = read_json(source / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{source / CONFIG} describes no adapter.")
@@ -103,6 +106,7 @@ def import_shira(folder: str | Path, output: str | Path, model: nn.Module, base:
     }
     with complete_folder(Path(output)) as aside:
         write_sparse(aside, deltas.items(), facts)
+        write_checksums(aside)
 
 
 def _deltas(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.distributed import mean_over_ranks
+from lightning_modules.ranks import mean_over_ranks
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.layers import FORWARDS, with_gradient
 

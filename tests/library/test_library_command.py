@@ -98,6 +98,7 @@ def test_a_thousand_experts(here):
     index = here / "lib" / "index.json"
     content = json.loads(index.read_text())
     [entry] = content["experts"].values()
+    del content["sha256"]
     content["experts"] = {f"expert_{i}": {**entry, "tasks": [f"task_{i}"]} for i in range(1000)}
     index.write_text(json.dumps(content))
     script = "import sys; from lightning_modules.cli import main; sys.exit(main(sys.argv[1:]))"

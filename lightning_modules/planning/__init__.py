@@ -1,0 +1,1 @@
+"""`quiver plan`: what a run needs in memory and traffic, from its configuration alone, before anything is loaded."""

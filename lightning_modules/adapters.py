@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datamodules.batches import Prompt
+from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.ranks import is_first_rank
 from lightning_modules.sharding import consolidated, copy_rows, read, sharded_like
@@ -121,6 +122,8 @@ class Adapter(ABC):
         if is_first_rank():
             with complete_folder(Path(folder)) as aside:
                 self.write(aside, state)
+                if not (aside / "index.json").exists():  # a library has its own
+                    write_checksums(aside)
 
 
 class PeftAdapter(Adapter):

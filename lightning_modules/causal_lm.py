@@ -139,7 +139,10 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         """Load the base model; for sharding, and where its files allow it, only where they are."""
         from transformers import AutoModelForCausalLM
 
-        options: dict[str, Any] = {"dtype": self.weights_dtype, "attn_implementation": self._attn_implementation}
+        options: dict[str, Any] = {
+            "dtype": self.weights_dtype,
+            "attn_implementation": self._attn_implementation,
+        }
         base = None
         if self.sharding is not None:
             base = map_model(place, **options, model_kwargs=self._model_kwargs)

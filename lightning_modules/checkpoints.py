@@ -68,8 +68,8 @@ class AdapterCheckpoints(lightning.LightningModule):
         self.adapter.load_state_dict(checkpoint["state_dict"])
         if self._trainer is None and checkpoint.get("left_out"):  # rebuilt by load_from_checkpoint
             rank_zero_warn(
-                f"The checkpoint does not hold {', '.join(checkpoint['left_out'])}: what was given there (a "
-                "lambda, say) has no form that can be saved. The default is used unless you pass it again."
+                f"The checkpoint does not hold {', '.join(checkpoint['left_out'])}: what was given there (a lambda or "
+                "a key, say) cannot or must not be saved. The default is used unless you pass it again."
             )
         checkpoint["state_dict"] = {}  # done; nothing is left for Lightning to load
         if self._trainer is None or not isinstance(self._trainer.strategy, FSDP2Strategy):

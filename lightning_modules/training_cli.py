@@ -168,13 +168,19 @@ class QuiverCLI(GuardedCLI):
         savers = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
         folders = [Path(one.dirpath) for one in savers if one.dirpath]
         if not folders:
-            raise ValueError("ckpt_path: latest looks in the dirpath of ModelCheckpoint, and none is set. Set one.")
+            raise ValueError(
+                "ckpt_path: latest looks in the dirpath of ModelCheckpoint, and none is set. Set one."
+            )
         found = latest_checkpoint([*folders, Path(self.trainer.default_root_dir)])
         if found is None and command != "fit":
-            raise ValueError(f"ckpt_path: latest: there is no checkpoint in {folders[0]}. Train first: quiver fit.")
+            raise ValueError(
+                f"ckpt_path: latest: there is no checkpoint in {folders[0]}. Train first: quiver fit."
+            )
         self.config[command]["ckpt_path"] = None if found is None else str(found)
         if self.trainer.is_global_zero:
-            what = f"Going on from {found}." if found else f"No checkpoint in {folders[0]} yet: starting anew."
+            what = (
+                f"Going on from {found}." if found else f"No checkpoint in {folders[0]} yet: starting anew."
+            )
             sys.stderr.write(what + "\n")
 
     def _check_inputs(self, stage: str) -> None:

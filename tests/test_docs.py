@@ -84,7 +84,9 @@ def test_commands_run(command, workplace, tiny_model, monkeypatch):
         assert main(["fit", "-c", "grpo/demo.yaml", *small, "--trainer.limit_train_batches", "2"]) == 0
     if arguments[0] == "fit":
         small += ["--trainer.limit_train_batches", "2"]
-    if {"trainer/ddp.yaml", "trainer/fsdp.yaml"} & set(arguments):  # two real processes need a command of their own
+    if {"trainer/ddp.yaml", "trainer/fsdp.yaml"} & set(
+        arguments
+    ):  # two real processes need a command of their own
         executable = Path(sys.executable).with_name("quiver")
         done = subprocess.run([executable, *arguments, *small], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -166,13 +166,15 @@ def test_logits_have_the_size_of_their_formula():
     assert b * T * V * 4 <= kept <= b * T * V * (2 + 4)
 
 
-def test_generation_gathers_the_whole_model_once(plan, real_model):
+def test_generation_gathers_the_whole_model_once(plan, tmp_path):
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": 6}))
     shards = {"strategy": {"class_path": "lightning_modules.fsdp2.FSDP2Strategy"}}
     whole = plan("--devices", "8", module="GRPOModule", trainer=shards)
     shards["strategy"]["init_args"] = {"whole_for_generation": False}
     layered = plan("--devices", "8", module="GRPOModule", trainer=shards)
-    assert whole["phases"]["decode"]["gathered weights"] == num_bytes(real_model)
-    assert layered["phases"]["decode"]["gathered weights"] < num_bytes(real_model)
+    size = 4 * whole["trained"]
+    assert whole["phases"]["decode"]["gathered weights"] == size
+    assert layered["phases"]["decode"]["gathered weights"] < 0.7 * size  # the root and a few layers
     assert layered["sent_per_step"]["generation"] == 8 * whole["sent_per_step"]["generation"]
 
 
@@ -196,11 +198,13 @@ def test_checkpointing_offload_and_precision_lower_the_peak(plan):
 def test_deep_models_are_extended_from_short_ones(plan, tmp_path, monkeypatch, strategy):
     (tmp_path / "model" / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": 9}))
     options = ("--devices", "4", "--strategy", strategy)
-    quick = plan(*options, module="GRPOModule", adapter=LORA)
+    adapter = {"class_path": "peft.LoraConfig", "init_args": {"r": 8, "target_modules": ["q_proj"]}}
+    quick = plan(*options, module="GRPOModule", adapter=adapter)
     monkeypatch.setattr("lightning_modules.planning.plan.is_uniform", lambda *_: False)
-    exact = plan(*options, module="GRPOModule", adapter=LORA)
+    exact = plan(*options, module="GRPOModule", adapter=adapter)
     for name, phase in exact["phases"].items():
-        assert quick["phases"][name] == pytest.approx(phase, rel=0.01), name
+        assert quick["phases"][name]["peak"] == pytest.approx(phase["peak"], rel=0.01), name
+        assert quick["phases"][name] == pytest.approx(phase, abs=0.05 * phase["peak"]), name
 
 
 def test_sparse_adapters_have_as_many_entries_as_they_would_train(plan, real_model):

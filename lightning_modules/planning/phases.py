@@ -92,6 +92,15 @@ def track(
     ]
 
 
+def grow(few: Sequence[Phase], more: Sequence[Phase]) -> bool:
+    """Return whether no kind of memory shrinks with depth, as one does where a peak moves to another moment."""
+    return all(
+        other.kinds[kind] >= size
+        for one, other in zip(few, more, strict=True)
+        for kind, size in one.kinds.items()
+    )
+
+
 def extended(few: Sequence[Phase], more: Sequence[Phase], layers: tuple[int, int, int]) -> list[Phase]:
     """Extend the phases of two short models to a deep one, of which all layers are alike.
 
@@ -106,7 +115,7 @@ def extended(few: Sequence[Phase], more: Sequence[Phase], layers: tuple[int, int
     short, longer, deep = layers
 
     def extend(a: int, b: int) -> int:
-        return max(0, a + (b - a) * (deep - short) // (longer - short))
+        return a + (b - a) * (deep - short) // (longer - short)
 
     return [
         Phase(

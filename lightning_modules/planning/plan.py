@@ -29,7 +29,7 @@ from lightning_modules.planning.build import (
 )
 from lightning_modules.planning.communication import Traffic, data_parallel, sharded
 from lightning_modules.planning.gpus import Gpu
-from lightning_modules.planning.phases import Phase, extended, track
+from lightning_modules.planning.phases import Phase, extended, grow, track
 from lightning_modules.planning.ranks import Ranks
 from lightning_modules.planning.report import RunPlan
 from lightning_modules.planning.shapes import StepShape, rows_per_pass
@@ -140,6 +140,8 @@ def _phases(
         _track(module, _make(module, adapter, shortened(config, layers), ranks), shape, ranks)
         for layers in (few, more)
     )
+    if not grow(short, longer):
+        return _track(module, _make(module, adapter, config, ranks), shape, ranks)
     return extended(short, longer, (few, more, deep))
 
 

@@ -5,7 +5,8 @@
 
 The first form writes FOLDER/MODEL/config.json (the shapes of Qwen2.5-1.5B, Qwen2.5-7B and Llama-3.1-70B, without
 weights), FOLDER/MODEL-full.yaml, FOLDER/MODEL-lora.yaml and FOLDER/fsdp2.yaml, plans each in this process, and prints a
-JSON line for each with the command that prints the same plan. The second form makes a table of such lines.
+JSON line for each with the command that prints the same plan. The second form makes a table of such lines, and scales
+rows of 64 and 512 ranks from those of 8 where they are missing.
 
 Each rank draws two completions of 1,024 tokens for each of 8 prompts of 512 tokens, and trains with at most 8,192
 tokens a forward pass and gradient checkpointing. One GPU trains in bf16-mixed precision; several are sharded, compute
@@ -101,19 +102,12 @@ def plans(folder: Path, models: list[str], devices: list[int]) -> list[dict]:
 
     os.chdir(folder)
     results = []
-    for devices in (8, 64, 512, 1):
+    for count in devices:
         for model in models:
             for learned in ("lora", "full"):
-                files = [f"{model}-{learned}.yaml", *(["fsdp2.yaml"] if devices > 1 else [])]
-                arguments = [
-                    *files,
-                    "--devices",
-                    str(devices),
-                    "--gpu",
-                    "H100-80GB",
-                    "--prompt_tokens",
-                    "512",
-                ]
+                files = [f"{model}-{learned}.yaml", *(["fsdp2.yaml"] if count > 1 else [])]
+                lengths = ["--gpu", "H100-80GB", "--prompt_tokens", "512"]
+                arguments = [*files, "--devices", str(count), *lengths]
                 start = time.monotonic()
                 facts = make_plan(arguments).data()
                 row = {"benchmark": "plan_table", "size": model, "learned": learned}
@@ -124,8 +118,46 @@ def plans(folder: Path, models: list[str], devices: list[int]) -> list[dict]:
     return results
 
 
+def scaled(row: dict, devices: int) -> dict:
+    """Return the row of another number of ranks: state is divided by it, (n - 1) / n of the same bytes is sent.
+
+    Exact but for padding, because micro-batches follow each other and so the same state is there in all of a phase.
+    """
+    from lightning_modules.planning.gpus import find_gpu
+
+    ratio = row["devices"] / devices
+    phases = {}
+    for name, kinds in row["phases"].items():
+        divided = {
+            kind: kinds[kind] for kind in ("weights", "gradients", "optimiser moments") if kind in kinds
+        }
+        shards = {kind: round(size * ratio) for kind, size in divided.items()}
+        phases[name] = kinds | shards
+        phases[name]["peak"] += sum(shards.values()) - sum(divided.values())
+    share = (devices - 1) / devices / ((row["devices"] - 1) / row["devices"])
+    peak = max(phase["peak"] for phase in phases.values())
+    return row | {
+        "devices": devices,
+        "shards": devices,
+        "scaled_from": row["devices"],
+        "command": row["command"].replace(f"--devices {row['devices']}", f"--devices {devices}"),
+        "phases": phases,
+        "peak": peak,
+        "sent_per_step": {name: round(size * share) for name, size in row["sent_per_step"].items()},
+        "verdict": find_gpu(row["gpu"]).verdict(peak),
+    }
+
+
 def table(rows: list[dict]) -> str:
-    """Return the rows as Markdown."""
+    """Return the rows as Markdown, those of 64 and 512 ranks scaled from 8 where they were not planned themselves."""
+    have = {(row["size"], row["learned"], row["devices"]) for row in rows}
+    rows = rows + [
+        scaled(row, devices)
+        for row in rows
+        if row["devices"] == 8
+        for devices in (64, 512)
+        if (row["size"], row["learned"], devices) not in have
+    ]
     lines = [
         "| model | learned | GPUs | state a rank | generate | update | sent a step | H100-80GB | command |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -318,8 +318,11 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         optimizer.zero_grad()  # type: ignore[union-attr]
         if self.adapter.take_resized():
             rewrap(self.trainer.strategy)
-        self.log("train/nonfinite_updates", float(self.nonfinite_updates), batch_size=1)
         return norm
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log how many updates were left out, also in steps without any."""
+        self.log("train/nonfinite_updates", float(self.nonfinite_updates), batch_size=1)
 
     def _leave_out(self, norm: Tensor) -> None:
         """Count an update without a usable gradient, the same on every rank, or stop."""

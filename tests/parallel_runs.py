@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 STEPS = 5
 ROWS = 8  # of a step, over all ranks
@@ -128,7 +129,7 @@ def write_config(case: str, model: str, folder: Path, **trainer) -> Path:
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                     "init_args": {"dirpath": str(folder / "checkpoints"), "save_last": True},
                 },
-                *trainer.pop("callbacks", []),
+                {"class_path": "AdapterExport"},
             ],
             **trainer,
         },
@@ -197,14 +198,25 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every file that a run has exported."""
+    found = {}
+    for file in sorted((folder / "adapter").rglob("*.safetensors")):
+        place = file.relative_to(folder).as_posix()
+        found |= {f"{place}: {name}": tensor for name, tensor in load_file(file).items()}
+    return found
+
+
 def assert_equal_runs(ours: Path, theirs: Path, case: str, tolerance: float = 1e-5) -> float:
     """Compare losses of all steps, and final weights; return the largest difference."""
     metric = "train/reward" if case.startswith("grpo") else "train/loss"
     a, b = (torch.tensor(columns(folder, metric, "train/grad_norm")) for folder in (ours, theirs))
     assert len(a) == STEPS
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-    one, two = learned(ours), learned(theirs)
+    one = learned(ours) | exported(ours)
+    two = learned(theirs) | exported(theirs)
     assert one.keys() == two.keys()
+    assert len(exported(ours)) > 0
     worst = 0.0
     for name in one:
         torch.testing.assert_close(

@@ -60,9 +60,11 @@ class AdapterExport(lightning.Callback):
         state = pl_module.adapter.state_dict()
         self._export(trainer, pl_module, state, root / self.folder, trainer.global_step, metrics)
         best = _best_checkpoint(trainer)
-        if best is None:
+        # Rank 0 decides: on a shared disk others may not see yet what it does.
+        place = trainer.strategy.broadcast(None if best is None else str(best.best_model_path))
+        if best is None or place is None:
             return
-        checkpoint = CompleteCheckpointIO().load_checkpoint(best.best_model_path)
+        checkpoint = CompleteCheckpointIO().load_checkpoint(place)
         last = {name: tensor.clone() for name, tensor in state.items()}
         pl_module.adapter.load_state_dict(checkpoint["state_dict"])
         scores = {str(best.monitor): float(best.best_model_score)}  # type: ignore[arg-type]

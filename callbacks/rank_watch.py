@@ -157,6 +157,8 @@ class _Line:
 
     def _greet(self, connection: Connection) -> None:
         try:
+            if not connection.poll(2):  # a stranger who says nothing
+                raise EOFError
             hello = json.loads(connection.recv_bytes(4096))
         except (OSError, EOFError, ValueError):
             connection.close()
@@ -169,7 +171,7 @@ class _Line:
     def _hear(self, connection: Connection) -> None:
         try:
             message = json.loads(connection.recv_bytes())
-        except (OSError, EOFError):
+        except (OSError, EOFError, ValueError):
             message = None
         peer = self._peers[connection]
         if message is None or "bye" in message:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.checkpoints import AdapterCheckpoints
-from lightning_modules.distributed import gradient_exchange, largest, rewrap
+from lightning_modules.distributed import gathered, gradient_exchange, largest, rewrap
 from lightning_modules.evaluation import EvaluationMeans
 from lightning_modules.fsdp2 import FSDP2Strategy
 from lightning_modules.hparams import plain_hparams
@@ -182,6 +182,13 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
     def on_validation_start(self) -> None:
         """Give validation random numbers of its own, and each rank the whole model if the strategy does so."""
         super().on_validation_start()
+        if self.sharding is not None and not self.sharding.whole_for_generation:
+            loop: Any = self.trainer._active_loop
+            if len(set(gathered(tuple(loop.max_batches)))) > 1:
+                raise ValueError(
+                    "whole_for_generation: false needs as many batches of validation on every rank. Set "
+                    "data.val_batch_size to 2 or more, and have at least as many rows as ranks."
+                )
         self._evaluation = ExitStack()
         self._evaluation.enter_context(self.generating())
 

@@ -16,7 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.files import complete_file
 from lightning_modules.sealed import is_intact, seal
-from lightning_modules.sharded_files import META, is_sharded_checkpoint, read_sharded
+from lightning_modules.sharded_files import (
+    META,
+    check_parts,
+    is_sharded_checkpoint,
+    previous_name,
+    read_sharded,
+)
 
 # What torch raises for files that are no checkpoint of its own, or a damaged one.
 _UNREADABLE = (
@@ -57,11 +63,14 @@ class CompleteCheckpointIO(TorchCheckpointIO):
         try:
             for stale in target.parent.glob(f".*-{target.name}"):  # of a run that was killed while it wrote
                 stale.unlink(missing_ok=True)
-            if is_sharded_checkpoint(target):
-                shutil.rmtree(target)
+            earlier = target.with_name(previous_name(target.name)) if is_sharded_checkpoint(target) else None
             with complete_file(target) as aside:
                 torch.save(checkpoint, aside)
                 seal(aside)
+                if earlier is not None:  # a file cannot take the place of a folder at once
+                    target.rename(earlier)
+            if earlier is not None:
+                shutil.rmtree(earlier)
         except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
             raise OSError(
                 f"The checkpoint {target} cannot be written ({error}). Earlier checkpoints are as they were. Free "
@@ -138,6 +147,8 @@ def latest_checkpoint(folders: Iterable[Path]) -> Path | None:
     places = {place for folder in folders if folder.is_dir() for place in folder.glob("*.ckpt")}
     seen = [place for place in places if not place.name.startswith(".") and place.exists()]
     for place in sorted(seen, key=lambda place: (place.stat().st_mtime_ns, place.name), reverse=True):
+        if Path(place.stem).suffix[1:].isdigit():  # last.1.ckpt: an earlier run's, set aside
+            continue
         try:
             _open(place)
         except (OSError, *_UNREADABLE):
@@ -151,6 +162,8 @@ def _open(place: Path) -> None:
     """Read a checkpoint's structure, without its tensors."""
     file = place
     if place.is_dir():
-        read_sharded(place)
+        check_parts(read_sharded(place))
         file = place / META
+    elif is_intact(place) is False:
+        raise ValueError(f"{place} is not what was written")
     torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]

@@ -48,6 +48,9 @@ class AdapterCheckpoints(lightning.LightningModule):
             )
         if type(current) is TorchCheckpointIO:
             strategy.checkpoint_io = CompleteCheckpointIO()
+        if isinstance(strategy, FSDP2Strategy):  # gathered weights cannot be inference tensors
+            for loop in (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop):
+                loop.inference_mode = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was learned, and add what an exact resume needs."""

@@ -98,6 +98,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "Take a divisor, or `nodes`."
             )
         self._data_parallel_size = ranks
+        if self.cpu_offload and self._process_group_backend is None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # shards are exchanged where they rest
         super().setup_environment()
         self.mesh: DeviceMesh = self.device_mesh["data_parallel"]
         if replicas > 1:
@@ -146,10 +148,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self.cpu_offload:
             super().model_to_device()
             return
+        assert self.lightning_module is not None
+        self.lightning_module._device = self.root_device  # where its inputs go; shards stay on the CPU
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 persistent = name not in module._non_persistent_buffers_set
                 module.register_buffer(name, buffer.to(self.root_device), persistent)
+
+    def teardown(self) -> None:
+        """End, and wait for a checkpoint that is still being written."""
+        super().teardown()
+        self.checkpoint_io.teardown()
 
     # ------------------------------------------------------------------ checkpoints
 

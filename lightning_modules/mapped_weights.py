@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,15 @@ def map_model(
         return None
     folder = _local_folder(place, model_kwargs)
     config = AutoConfig.from_pretrained(place, **model_kwargs)
+    if getattr(config, "quantization_config", None):
+        return None
     trusted = {"trust_remote_code": True} if model_kwargs.get("trust_remote_code") else {}
     with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are computed
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, **trusted
         )
     mapped: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weight_files(folder):
         try:
             with safe_open(file, "pt") as opened:
                 mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -62,6 +65,8 @@ def map_model(
             return None
     if any(name in mapped for name, _ in model.named_buffers()):
         return None  # buffers with content of their own
+    if any(tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) for tensor in mapped.values()):
+        return None
     for name, tensor in mapped.items():
         if name in expected:
             module, _, attribute = name.rpartition(".")
@@ -86,6 +91,18 @@ def cast(parameters: Mapping[int, Any], dtype: torch.dtype) -> Callable[[nn.Modu
                 parameter.data = parameter.data.to(dtype)
 
     return change
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` would read; others may lie beside them."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [file for file in (folder / "model.safetensors",) if file.is_file()]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is broken: {error}. Download or copy it again.") from None
+    return [folder / Path(str(name)).name for name in sorted(names)]
 
 
 def _local_folder(place: str, model_kwargs: Mapping[str, Any]) -> Path:

@@ -189,7 +189,7 @@ def without_secrets(value: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     """
     left_out: list[str] = []
     kept: dict[str, Any] = _kept(value, redacted(value), "", left_out)
-    return kept, left_out
+    return dict(kept), left_out  # a copy also where there is no secret
 
 
 def secret_places(value: Any, path: str = "") -> list[str]:

@@ -145,7 +145,7 @@ def previous_name(name: str) -> str:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -235,6 +235,36 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     for tensor in saved.values():
         _check_parts(tensor)
     return {key: _fill(value, saved, folder) if key in _TREES else value for key, value in skeleton.items()}
+
+
+def check_parts(checkpoint: Mapping[str, Any]) -> None:
+    """Check that every part of a checkpoint folder can be opened, without reading what is in it.
+
+    Raises:
+        ValueError: If a file is missing or cut off.
+    """
+    found: dict[Path, set[str]] = {}
+
+    def note(tree: Any) -> None:
+        if isinstance(tree, SavedTensor):
+            for file, *_ in tree.parts:
+                found.setdefault(tree.folder / file, set()).add(tree.name)
+        elif isinstance(tree, Mapping):
+            for value in tree.values():
+                note(value)
+        elif isinstance(tree, list | tuple):
+            for value in tree:
+                note(value)
+
+    note({key: checkpoint.get(key) for key in _TREES})
+    for path, names in found.items():
+        try:
+            with safe_open(path, "pt") as opened:
+                missing = names - set(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise _broken(path.parent, f"{path.name} cannot be read: {error}") from None
+        if missing:
+            raise _broken(path.parent, f"{path.name} lacks {sorted(missing)[0]}")
 
 
 def whole_tensors(tree: Any) -> Any:

@@ -253,3 +253,42 @@ def test_a_folder_becomes_a_file_from_the_command_line(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "exists already" in err
     assert "no checkpoint folder" in err
+
+
+def test_a_folder_stays_until_the_file_that_replaces_it_is_there(tmp_path, monkeypatch):
+    target = tmp_path / "last.ckpt"
+    write_sharded(checkpoint(1), target)
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="cannot be written"):
+            CompleteCheckpointIO().save_checkpoint(checkpoint(2), target)
+    assert read_sharded(target)["global_step"] == 1
+    CompleteCheckpointIO().save_checkpoint(checkpoint(2), target)
+    assert CompleteCheckpointIO().load_checkpoint(target)["global_step"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_latest_is_no_damaged_one_and_none_of_an_earlier_run(tmp_path):
+    io = CompleteCheckpointIO()
+    io.save_checkpoint(checkpoint(1), tmp_path / "good.ckpt")
+    write_sharded(checkpoint(2), tmp_path / "lacks_a_file.ckpt")
+    (tmp_path / "lacks_a_file.ckpt" / "shard-00000.safetensors").unlink()
+    io.save_checkpoint(checkpoint(3), tmp_path / "flipped.ckpt")
+    damage(tmp_path, "flipped.ckpt", lambda data: data[:900] + bytes([data[900] ^ 1]) + data[901:])
+    io.save_checkpoint(checkpoint(4), tmp_path / "last.1.ckpt")  # set aside
+    for number, name in enumerate(("good", "lacks_a_file", "flipped", "last.1")):
+        os.utime(tmp_path / f"{name}.ckpt", (1000 + number, 1000 + number))
+    with pytest.warns(UserWarning, match="passed over"):
+        assert latest_checkpoint([tmp_path]).name == "good.ckpt"
+
+
+def test_a_link_to_a_folder_is_replaced(tmp_path):
+    write_sharded(checkpoint(1), tmp_path / "first.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("first.ckpt")
+    write_sharded(checkpoint(2), tmp_path / "last.ckpt")
+    assert read_sharded(tmp_path / "last.ckpt")["global_step"] == 2
+    assert read_sharded(tmp_path / "first.ckpt")["global_step"] == 1

@@ -113,6 +113,14 @@ def test_overlay_wins_over_what_precedes_it(name, printed):
             assert [one["class_path"] for one in config["trainer"][key]] == [
                 one["class_path"] for one in value
             ]
+        elif key == "callbacks+":
+            added = [one["class_path"].rpartition(".")[2] for one in config["trainer"]["callbacks"]]
+            assert added[-len(value) :] == [one["class_path"] for one in value]
+            assert len(added) > len(value)
+        elif isinstance(value, dict):  # printed with every default
+            shown = config["trainer"][key]
+            assert shown["class_path"].endswith(value["class_path"].rpartition(".")[2])
+            assert shown["init_args"] | value["init_args"] == shown["init_args"]
         else:
             assert config["trainer"][key] == value
 

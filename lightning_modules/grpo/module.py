@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datamodules.batches import TextBatch
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.distributed import all_sum
+from lightning_modules.distributed import all_sum, gathered
 from lightning_modules.grpo.advantages import group_advantages
 from lightning_modules.grpo.evaluation import pass_at_k
 from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
@@ -240,8 +240,10 @@ class GRPOModule(CausalLMModule):
         Returns:
             (B).
         """
-        step = self.global_step if self.trainer.training else -1
-        return row_seeds(self.sampling_seed, step, uids, num_generations)
+        if not self.trainer.training:  # each row once over all ranks
+            return row_seeds(self.sampling_seed, -1, uids, num_generations)
+        before = [uid for part in gathered(list(uids))[: self.global_rank] for uid in part]
+        return row_seeds(self.sampling_seed, self.global_step, uids, num_generations, before)
 
     def score(self, rollout: Rollout) -> Scores:
         """Reward each completion.

@@ -158,7 +158,9 @@ def masked(micro_batch: MicroBatch) -> MicroBatch:
     return micro_batch
 
 
-def row_seeds(run: int, step: int, uids: Sequence[int], num_generations: int) -> list[int]:
+def row_seeds(
+    run: int, step: int, uids: Sequence[int], num_generations: int, before: Sequence[int] = ()
+) -> list[int]:
     """Derive a seed for each completion from what names it.
 
     Args:
@@ -166,11 +168,12 @@ def row_seeds(run: int, step: int, uids: Sequence[int], num_generations: int) ->
         step: Optimiser steps before the rollout.
         uids: Of the prompts.
         num_generations: Completions per prompt.
+        before: Of the prompts that ranks before this one have in the same step, where prompts may come twice.
 
     Returns:
         (prompts x num_generations), each below 2^63; different ones for a prompt that comes twice.
     """
-    seen: Counter[int] = Counter()
+    seen: Counter[int] = Counter(before)
     seeds = []
     for uid in uids:
         for number in range(num_generations):

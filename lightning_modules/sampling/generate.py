@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lightning_modules.sampling.base import Announce, Completions, FinishReason, Sampler, Sampling
+from lightning_modules.sharding import is_whole
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]
@@ -142,6 +143,8 @@ class GenerateSampler(Sampler):
                 pad_token_id=pad,
             ),
             logits_processor=LogitsProcessorList(processors),
+            # By itself transformers keeps ranks of a sharded model in step, also where each has all of it.
+            synced_gpus=not is_whole(self._model),
         )
         recorder.observe(output)
         token_ids, finish = _until_end(output[:, width:].tolist(), ends)

@@ -24,3 +24,7 @@ def test_seeds_differ_by_run_step_and_repetition():
     twice = row_seeds(1, 2, [7, 7], 2)
     assert twice[:2] == first
     assert len(set(twice)) == 4
+
+
+def test_a_row_that_comes_twice_is_drawn_alike_on_one_rank_and_on_two():
+    assert row_seeds(1, 2, [5, 5, 6], 2) == row_seeds(1, 2, [5], 2) + row_seeds(1, 2, [5, 6], 2, before=[5])

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_runs import own_environment
 
 STEPS = 5
 ROWS = 8  # of a step, over all ranks
@@ -159,7 +160,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(Path(__file__).parent), environment.pop("PYTHONPATH", "")])
     return subprocess.Popen(
         [script, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env={**own_environment(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

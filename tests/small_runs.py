@@ -52,13 +52,18 @@ def write_run(model, *, name="run.yaml", module="GRPOModule", init_args=None, da
     return name
 
 
+def own_environment() -> dict[str, str]:
+    """The environment without the W&B service of this process, which would work in this process's folder."""
+    return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+
+
 def start_quiver(*arguments, command=None, **environment) -> subprocess.Popen[str]:
     """Start the console script in the current folder."""
     script = str(Path(sys.executable).parent / "quiver")
     path = os.pathsep.join([*environment.pop("PYTHONPATH", []), str(Path(__file__).parent)])
     return subprocess.Popen(
         [*(command or [script]), *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        env={**own_environment(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

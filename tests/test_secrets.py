@@ -164,7 +164,7 @@ RUN = {
 
 def test_a_planted_key_is_in_no_file_of_a_run(tiny_model, planted, tmp_path):
     """The command of the card: environment and configuration hold keys, and no file under the run folder does."""
-    wandb.finish()
+    wandb.teardown()  # its process would go on in the folder of an earlier test
     SEEN.clear()
     config = judged(tiny_model, **RUN)
     assert main(["fit", "-c", config]) == 0

@@ -260,7 +260,9 @@ def entries_at(tensor: Tensor, positions: Tensor) -> Tensor:
     """
     rows = local(tensor).flatten()
     positions = positions.to(rows.device)
-    first = local_rows(tensor)[0] * (tensor.numel() // max(tensor.shape[0], 1)) if tensor.dim() else 0
+    if not isinstance(tensor, DTensor):
+        return rows[positions]
+    first = local_rows(tensor)[0] * (tensor.numel() // max(tensor.shape[0], 1))
     mine = (positions >= first) & (positions < first + len(rows))
     found = rows.new_zeros(len(positions))
     found[mine] = rows[positions[mine] - first]

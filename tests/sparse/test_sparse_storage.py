@@ -182,6 +182,7 @@ BAD = {
 def test_a_bad_folder_is_refused_by_name_and_changes_nothing(made, tiny_model, tmp_path, name):
     folder = tmp_path / "bad-one"
     shutil.copytree(made[2], folder)
+    (folder / "SHA256SUMS").unlink()  # which would notice at once; here the readers must
     damage, message = BAD[name]
     damage(folder)
     model = load(tiny_model)
@@ -196,6 +197,7 @@ def test_a_folder_without_fingerprints_is_taken(made, tiny_model, tmp_path):
     for value in ({}, None):
         folder = tmp_path / str(value)
         shutil.copytree(made[2], folder)
+        (folder / "SHA256SUMS").unlink()
         configure(fingerprint=value)(folder)
         model = load(tiny_model)
         SparseExpert(folder).apply(model)

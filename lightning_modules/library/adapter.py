@@ -121,7 +121,8 @@ class RoutedAdapter(Adapter):
                 )
             # Poly's logits and the like come with `install`.
             routed = RoutedLinear(base, stack.to(base.weight.device), nn.Identity(), self.mixing, self.state)
-            self._fingerprints[f"{layer}.weight"] = fingerprint(base.weight)
+            if not base.weight.is_meta:  # nothing to read: its parameters are only counted
+                self._fingerprints[f"{layer}.weight"] = fingerprint(base.weight)
             parent, _, child = layer.rpartition(".")
             setattr(model.get_submodule(parent), child, routed)
             self.layers[layer] = routed

@@ -126,7 +126,9 @@ def test_validation_keeps_the_metrics_of_the_training_run(tiny_model, capsys):
 
 @pytest.mark.slow
 def test_ranks_of_one_run_do_not_refuse_each_other(tiny_model):
-    file = write_run(tiny_model, module="SFTModule", devices=2, strategy="ddp", logger=CSV)
+    file = write_run(
+        tiny_model, module="SFTModule", data={"batch_size": 1}, devices=2, strategy="ddp", logger=CSV
+    )
     code, _, err = quiver("fit", "-c", file)
     assert code == 0, err
     assert not Path("run/.quiver.lock").exists()

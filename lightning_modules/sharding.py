@@ -87,11 +87,6 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in found if module._get_fsdp_state()._fsdp_param_group is not None]
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether a model is sharded."""
-    return bool(sharded_modules(model))
-
-
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Hold the whole model on every rank, so that ranks may run it as often as each of them wants.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_shira_and_back(trained, tiny_model, capsys):
         (["unnamed", "out"], "does not name its base model"),
         (["sparse", "out", "--base", "other"], "was trained on other weights"),
         (["cut", "out"], "is broken or cut off"),
+        (["changed", "out"], "is damaged: it has changed since it was written"),
     ],
 )
 def test_bad_input_writes_nothing(trained, arguments, message, capsys):
@@ -77,14 +79,15 @@ def test_bad_input_writes_nothing(trained, arguments, message, capsys):
     with torch.no_grad():
         other.model.layers[0].self_attn.q_proj.weight.add_(1)
     other.save_pretrained("other")
-    for name in ("unnamed", "cut"):
-        Path(name).mkdir()
-        for file in Path("sparse").iterdir():
-            (Path(name) / file.name).write_bytes(file.read_bytes())
+    for name in ("unnamed", "cut", "changed"):
+        shutil.copytree("sparse", name)
+        (Path(name) / "SHA256SUMS").unlink()
+    shutil.copy("sparse/SHA256SUMS", "changed")
     config = json.loads(Path("unnamed/adapter_config.json").read_text())
     Path("unnamed/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    tensors = Path("cut/adapter_model.safetensors")
-    tensors.write_bytes(tensors.read_bytes()[:-100])
+    for name in ("cut", "changed"):
+        tensors = Path(name, "adapter_model.safetensors")
+        tensors.write_bytes(tensors.read_bytes()[:-100])
     before = {file.name for file in Path().iterdir()}
     assert main(["export", *arguments]) == 1
     assert message in capsys.readouterr().err

@@ -12,9 +12,21 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 nats: e^20 = 4.9e8 is finite in every dtype but float16, and far outside any
-trust region. Values inside are untouched, to the bit; a token outside gets no gradient."""
+from lightning_modules.grpo.aggregation import aggregate as aggregate
+from lightning_modules.grpo.kl import MAX_LOG_RATIO as MAX_LOG_RATIO
+from lightning_modules.grpo.kl import kl_estimate as kl_estimate
+
+__all__ = [
+    "MAX_LOG_RATIO",
+    "Level",
+    "aggregate",
+    "cispo",
+    "clip_fractions",
+    "clipped_surrogate",
+    "gmpo",
+    "kl_estimate",
+    "sapo",
+]
 
 Level: TypeAlias = Literal["token", "sequence"]
 """What the importance ratio compares: single tokens (PPO, GRPO) or whole completions (GSPO)."""
@@ -120,99 +132,144 @@ def clip_fractions(
     return low_BT, high_BT
 
 
-def kl_estimate(
-    logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
-) -> Tensor:
-    """Estimate KL(policy || reference) per token, from tokens that the policy sampled.
-
-    J. Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html), with d = ref - logprobs:
-
-    - `k1` = -d: unbiased, may be negative. As a loss its gradient is zero in expectation, so it belongs into
-      a reward or a log.
-    - `k2` = d^2 / 2: biased value, but its gradient is that of the KL when on-policy.
-    - `k3` = e^d - d - 1: unbiased and never negative; GRPO's choice (arXiv 2402.03300, equation 4). Its
-      gradient is biased.
-
-    Deviation: d is clamped (`MAX_LOG_RATIO`). There is no mask: reduce the result with `aggregate`, and
-    neither values nor gradients of masked positions survive, NaN included.
-
-    Args:
-        logprobs_BT: Log-probabilities under the policy, nats (B, T).
-        ref_logprobs_BT: Under the reference, nats (B, T).
-        kind: The estimator.
-
-    Returns:
-        Nats (B, T).
-
-    Raises:
-        ValueError: For an unknown kind.
-
-    >>> kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), "k1")
-    tensor([[0.5000]])
-    """
-    # The clamp also stops NaN on the way back: its gradient is a selection, not a product.
-    d_BT = (ref_logprobs_BT - logprobs_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if kind == "k1":
-        return -d_BT
-    if kind == "k2":
-        return d_BT.square() / 2
-    if kind == "k3":
-        # expm1: e^d - 1 keeps its digits near d = 0, where policies usually are.
-        return torch.expm1(d_BT) - d_BT
-    raise ValueError(f"kind={kind!r} is unknown: use k1, k2 or k3")
-
-
-def aggregate(
-    loss_BT: Tensor,
+def cispo(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_B: Tensor,
     mask_BT: Tensor,
     *,
-    over: Literal["tokens", "sequences", "constant"],
-    denominator: float | Tensor,
+    clip: tuple[float, float] = (1.0, 4.0),
 ) -> Tensor:
-    """Reduce per-token losses to this micro-batch's share of the loss of the optimiser step.
+    """Compute -stopgrad(clip(ratio, 1 - low, 1 + high)) A logprob per token.
 
-    The denominator is a count over the WHOLE optimiser step, all micro-batches and ranks: shares then simply
-    add up, and no split into micro-batches changes the gradient. With gradients averaged over W ranks,
-    multiply the share by W. Never divide by the number of accumulated batches as well.
+    CISPO (MiniMax-M1, arXiv 2506.13585): the clip bounds the weight of a token and never takes its gradient
+    away. With `tokens` in `aggregate` it is the paper's objective. The defaults let ratios go from 0 to 5.
 
-    - `sequences`: sum_i (1 / tokens_i) sum_t loss_it / denominator, denominator = number of completions.
-      GRPO (arXiv 2402.03300, equation 3) and GSPO. Completions without any token that counts add 0; whether
-      they are in the denominator is the caller's choice.
-    - `tokens`: sum of all losses / denominator, denominator = number of tokens that count. DAPO
-      (arXiv 2503.14476, equation 8).
-    - `constant`: sum of all losses / denominator, denominator = number of completions x maximal length.
-      Dr. GRPO (arXiv 2503.20783, section 3.2). `tokens` and `constant` differ only in this number.
+    Both bounds are distances from 1, as everywhere here. TRL's `epsilon_high` is the bound itself,
+    min(ratio, epsilon_high): 5 there is `clip=(1.0, 4.0)` here, and its default 0.2 scales all gradients by
+    0.2, while here no clip touches the gradient at ratio 1.
 
     Args:
-        loss_BT: Per-token loss (B, T).
-        mask_BT: 1 or True on tokens that count (B, T).
-        over: What is averaged.
-        denominator: See above; positive.
+        logprobs_BT: As in `clipped_surrogate`.
+        old_logprobs_BT: As in `clipped_surrogate`.
+        advantages_B: As in `clipped_surrogate`.
+        mask_BT: As in `clipped_surrogate`.
+        clip: How far the ratio may fall below and rise above 1; a lower one of 1 or more is no bound.
 
     Returns:
-        Scalar.
+        Loss to minimise (B, T), 0 at masked positions. Only its gradient has a meaning.
 
     Raises:
-        ValueError: For an unknown `over`, or a denominator that is not positive.
+        ValueError: For a negative clip, or shapes that do not fit.
 
-    >>> loss, mask = torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
-    >>> aggregate(loss, mask, over="sequences", denominator=2)
-    tensor(3.5000)
-    >>> aggregate(loss, mask, over="tokens", denominator=3)
-    tensor(3.)
+    >>> new, old = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.5, 0.05]]).log()
+    >>> cispo(new, old, torch.tensor([1.0]), torch.ones(1, 2)) / new  # -weight A
+    tensor([[-1., -5.]])
     """
-    if not denominator > 0:
+    ratio_BT, mask_BT = _ratio(logprobs_BT, old_logprobs_BT, advantages_B, mask_BT, clip, "token")
+    weight_BT = ratio_BT.detach().clamp(1 - clip[0], 1 + clip[1])
+    return -weight_BT * advantages_B[:, None] * torch.where(mask_BT, logprobs_BT, 0.0)
+
+
+def sapo(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    temperature: tuple[float, float] = (1.0, 1.05),
+) -> Tensor:
+    """Compute -A sigmoid(tau (ratio - 1)) 4 / tau per token: a soft trust region instead of a clip.
+
+    SAPO (arXiv 2511.20347). The gradient is that of the plain policy gradient at ratio 1 and fades out on
+    both sides; tau is higher, so the region narrower, for bad completions. The paper averages with
+    `sequences` in `aggregate`.
+
+    Args:
+        logprobs_BT: As in `clipped_surrogate`.
+        old_logprobs_BT: As in `clipped_surrogate`.
+        advantages_B: As in `clipped_surrogate`.
+        mask_BT: As in `clipped_surrogate`.
+        temperature: tau where A > 0, and elsewhere; positive.
+
+    Returns:
+        Loss to minimise (B, T), 0 at masked positions.
+
+    Raises:
+        ValueError: For a temperature that is not positive, or shapes that do not fit.
+
+    >>> sapo(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([1.0]), torch.ones(1, 1))
+    tensor([[-2.]])
+    """
+    if not all(tau > 0 for tau in temperature):
+        raise ValueError(f"temperature={tuple(temperature)} must be positive: (1.0, 1.05) is the paper's")
+    ratio_BT, mask_BT = _ratio(logprobs_BT, old_logprobs_BT, advantages_B, mask_BT, (0.0, 0.0), "token")
+    tau_B1 = torch.where(advantages_B > 0, temperature[0], temperature[1]).to(ratio_BT)[:, None]
+    gate_BT = torch.sigmoid(tau_B1 * (ratio_BT - 1)) * 4 / tau_B1
+    return torch.where(mask_BT, -advantages_B[:, None] * gate_BT, 0.0)
+
+
+def gmpo(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip: tuple[float, float] = (0.4, 0.4),
+) -> Tensor:
+    """Compute -A times the geometric mean of the row's clipped ratios, the same at each of its tokens.
+
+    GMPO (arXiv 2507.20673): with x = logprobs - old, the row's value is -A exp(mean over tokens of c), where
+    c = min(x, high) if A > 0, else max(x, -low). Averaged over the row's tokens
+    (`aggregate(over="sequences")`) value and gradient are those of the paper.
+
+    Deviation: log-ratios are clamped (`MAX_LOG_RATIO`) before they are clipped.
+
+    Args:
+        logprobs_BT: As in `clipped_surrogate`.
+        old_logprobs_BT: As in `clipped_surrogate`.
+        advantages_B: As in `clipped_surrogate`.
+        mask_BT: As in `clipped_surrogate`.
+        clip: How far the log-ratio of a token may fall below and rise above 0, nats.
+
+    Returns:
+        Loss to minimise (B, T), 0 at masked positions.
+
+    Raises:
+        ValueError: For a negative clip, or shapes that do not fit.
+
+    >>> new, old = torch.tensor([[4.0, 0.25]]).log(), torch.zeros(1, 2)
+    >>> gmpo(new, old, torch.tensor([1.0]), torch.ones(1, 2), clip=(9.0, 9.0))
+    tensor([[-1., -1.]])
+    """
+    log_ratio_BT, mask_BT = _log_ratio(logprobs_BT, old_logprobs_BT, advantages_B, mask_BT, clip)
+    log_ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    clipped_BT = torch.where(
+        advantages_B[:, None] > 0, log_ratio_BT.clamp(max=clip[1]), log_ratio_BT.clamp(min=-clip[0])
+    )
+    mean_B1 = clipped_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask_BT, -advantages_B[:, None] * mean_B1.exp(), 0.0)
+
+
+def _log_ratio(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    clip: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments; return the log-ratio (0 where masked) and the mask as bool, both (B, T)."""
+    if not all(bound >= 0 for bound in clip):
+        raise ValueError(f"clip={tuple(clip)} must not be negative: (0.2, 0.2) allows ratios from 0.8 to 1.2")
+    shapes = [tuple(tensor.shape) for tensor in (logprobs_BT, old_logprobs_BT, mask_BT)]
+    if len(set(shapes)) > 1 or advantages_B.shape != logprobs_BT.shape[:1]:
         raise ValueError(
-            f"denominator={float(denominator)} must be positive: count over the whole optimiser step, "
-            "and skip a step in which no token counts"
+            "logprobs_BT, old_logprobs_BT and mask_BT must share one shape (B, T) and advantages_B be (B,); "
+            f"got {shapes[0]}, {shapes[1]}, {shapes[2]} and {tuple(advantages_B.shape)}"
         )
-    counts_BT = mask_BT.bool()
-    loss_B = torch.where(counts_BT, loss_BT, 0.0).sum(1)
-    if over == "sequences":
-        loss_B = loss_B / counts_BT.sum(1).clamp(min=1)
-    elif over not in ("tokens", "constant"):
-        raise ValueError(f"over={over!r} is unknown: use tokens, sequences or constant")
-    return loss_B.sum() / denominator
+    mask_BT = mask_BT.bool()
+    # Masked before anything is exponentiated: 0 x inf would be NaN in the backward pass.
+    return torch.where(mask_BT, logprobs_BT - old_logprobs_BT, 0.0), mask_BT
 
 
 def _ratio(
@@ -223,18 +280,8 @@ def _ratio(
     clip: tuple[float, float],
     level: Level,
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments; return the ratio (1 where masked) and the mask as bool, both (B, T)."""
-    if min(clip) < 0:
-        raise ValueError(f"clip={tuple(clip)} must not be negative: (0.2, 0.2) allows ratios from 0.8 to 1.2")
-    shapes = [tuple(tensor.shape) for tensor in (logprobs_BT, old_logprobs_BT, mask_BT)]
-    if len(set(shapes)) > 1 or advantages_B.shape != logprobs_BT.shape[:1]:
-        raise ValueError(
-            "logprobs_BT, old_logprobs_BT and mask_BT must share one shape (B, T) and advantages_B be (B,); "
-            f"got {shapes[0]}, {shapes[1]}, {shapes[2]} and {tuple(advantages_B.shape)}"
-        )
-    mask_BT = mask_BT.bool()
-    # Masked before anything is exponentiated: 0 x inf would be NaN in the backward pass.
-    log_ratio_BT = torch.where(mask_BT, logprobs_BT - old_logprobs_BT, 0.0)
+    """As `_log_ratio`, but the ratio itself (1 where masked), of tokens or of sequences."""
+    log_ratio_BT, mask_BT = _log_ratio(logprobs_BT, old_logprobs_BT, advantages_B, mask_BT, clip)
     if level == "token":
         return log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), mask_BT
     if level != "sequence":

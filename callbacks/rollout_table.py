@@ -99,6 +99,8 @@ class RolloutTable(lightning.Callback):
                     logger.log_table("rollouts", columns=columns, data=data)
 
     def _rows(self, step: int, outputs: Any) -> list[dict[str, Any]]:
+        if "rollout" not in outputs:  # with resampling a step may only take prompts in
+            return []
         rollout, scores, advantages = outputs["rollout"], outputs["scores"], outputs["advantages"]
         batch, completions = rollout.batch, rollout.completions
         return [

@@ -25,6 +25,7 @@ LIGHT_COMMANDS = {
     "consolidate": "lightning_modules.consolidate:consolidate_checkpoint",
     "export": "lightning_modules.export:export_adapter",
     "merge": "lightning_modules.merging.merge:merge_experts",
+    "rollouts": "lightning_modules.grpo.viewer:show_rollouts",
 }
 LIBRARY_COMMANDS = {
     "add": "lightning_modules.library.commands:add_adapters",
@@ -55,6 +56,7 @@ Commands that train nothing:
   export     merge an adapter folder into a plain Hugging Face folder, or turn a sparse one into SHiRA
   consolidate  turn a checkpoint folder that many ranks wrote into one file
   merge      merge experts            quiver merge --method ties --experts A B --output FOLDER
+  rollouts   show what a GRPO run wrote and earned   quiver rollouts runs/demo --step 10-20 --limit 3
   library    keep experts in a folder: add, remove, list, show, verify, cluster, route, export, ...
 
 quiver fit -c FILE --print_config   shows every setting with its value
@@ -129,8 +131,21 @@ def _call(place: str, arguments: list[str], program: str) -> int:
 
     module, function_name = place.split(":")
     function = getattr(importlib.import_module(module), function_name)
-    auto_cli(function, args=_spell_lists(function, arguments), as_positional=True, prog=program)
+    auto_cli(
+        function,
+        args=_spell_lists(function, _spell_flags(function, arguments)),
+        as_positional=True,
+        prog=program,
+    )
     return 0
+
+
+def _spell_flags(function: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """Let a bool be set by its name alone: `--live` is `--live=true` for jsonargparse."""
+    parameters = inspect.signature(function).parameters.values()
+    flags = {f"--{one.name}" for one in parameters if one.annotation in (bool, "bool")}
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [f"{one}=true" if one in flags and after not in ("true", "false") else one for one, after in pairs]
 
 
 def _spell_lists(function: Callable[..., Any], arguments: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ Only the module knows its tokenizer and chat template, so one DataModule serves 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -38,6 +39,34 @@ class TextBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def take(self, rows: Iterable[int]) -> TextBatch:
+        """Return some rows, by position; one may come several times."""
+        rows = list(rows)
+        return TextBatch(
+            prompts=[self.prompts[row] for row in rows],
+            answers=[self.answers[row] for row in rows],
+            tasks=[self.tasks[row] for row in rows],
+            uids=[self.uids[row] for row in rows],
+            columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
+            choices=[self.choices[row] for row in rows],
+        )
+
+    @staticmethod
+    def joined(batches: Sequence[TextBatch]) -> TextBatch:
+        """Return the rows of several batches of one DataModule as one batch."""
+        first, *others = batches
+        return TextBatch(
+            prompts=[*first.prompts, *(one for batch in others for one in batch.prompts)],
+            answers=[*first.answers, *(one for batch in others for one in batch.answers)],
+            tasks=[*first.tasks, *(one for batch in others for one in batch.tasks)],
+            uids=[*first.uids, *(one for batch in others for one in batch.uids)],
+            columns={
+                name: [*values, *(one for batch in others for one in batch.columns[name])]
+                for name, values in first.columns.items()
+            },
+            choices=[*first.choices, *(one for batch in others for one in batch.choices)],
+        )
 
     def to(self, device: Any) -> TextBatch:
         """Return the batch itself: text has no device. Lightning calls this to move a batch."""

@@ -205,7 +205,7 @@ class FullFineTuning(Adapter):
         """
         raise ValueError(
             "adapter=None trains the base weights in place, so there is no base policy left to compare with. "
-            "Set kl_coef: 0, or train an adapter such as peft.LoraConfig."
+            "Set kl.coef: 0, keep a copy with kl.reference: Snapshot, or train an adapter such as peft.LoraConfig."
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.no_grad()
 def token_entropy(logits_BTV: Tensor) -> Tensor:
     """Entropy of the distribution at each position.
 
@@ -36,7 +35,7 @@ def token_entropy(logits_BTV: Tensor) -> Tensor:
         logits_BTV: Logits, already divided by the temperature.
 
     Returns:
-        Nats, float32 (B, T), without gradient.
+        Nats, float32 (B, T).
 
     >>> token_entropy(torch.zeros(1, 1, 4)).exp()
     tensor([[4.]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,6 +34,21 @@ class Means:
         # Kept where they are: reading a number would make the host wait for the device at every micro-batch.
         part = torch.stack([torch.where(counts, values, 0.0).float().sum(), counts.float().sum()])
         self._parts.setdefault(name, []).append(part.detach())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was added so far, sum and count of each call (calls, 2), by name."""
+        return {name: torch.stack(parts).cpu() for name, parts in self._parts.items()}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on from what `state_dict` returned, on one rank or several.
+
+        Args:
+            states: Those of the ranks whose part this rank takes over.
+        """
+        self._parts = {}
+        for state in states:
+            for name, parts in state.items():
+                self._parts.setdefault(name, []).extend(parts.unbind(0))
 
     def reduce(self, strategy: Strategy) -> dict[str, float]:
         """Return each mean over all ranks; NaN where nothing was counted."""

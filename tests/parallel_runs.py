@@ -43,7 +43,7 @@ def module_of(case: str) -> tuple[str, dict]:
             "max_tokens_per_microbatch": 60,
         }
     if case.startswith("grpo"):
-        kl = {"adapter": lora(), "kl_coef": 0.1} if case == "grpo_lora" else {"adapter": None}
+        kl = {"adapter": lora(), "kl": {"coef": 0.1}} if case == "grpo_lora" else {"adapter": None}
         return "GRPOModule", {
             "rewards": ["parallel_runs.spread"],
             "sampling": {"max_new_tokens": 8},

@@ -168,7 +168,11 @@ def test_prompt_longer_than_the_context(tiny_model, failure):
     [
         ({"num_generations": 1}, "num_generations=1: ", "Set num_generations: 2 or more."),
         ({"sampling": {"temperature": 0}}, "sampling.temperature=0: ", "Set a positive temperature;"),
-        ({"adapter": None, "kl_coef": 0.1}, "kl_coef=0.1 with adapter=None: ", "Set kl_coef: 0, or train an"),
+        (
+            {"adapter": None, "kl": {"coef": 0.1}},
+            "kl.coef=0.1 with adapter=None: ",
+            "Set kl.coef: 0, keep a copy",
+        ),
         ({"rewards": []}, "rewards is empty: ", "give at least one reward function"),
     ],
 )

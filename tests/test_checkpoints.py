@@ -12,7 +12,7 @@ from test_resume import config, spread
 from transformers import AutoModelForCausalLM
 
 from datamodules import ArithmeticDataModule
-from lightning_modules import CausalLMModule, GRPOModule, SFTModule
+from lightning_modules import CausalLMModule, ClippedSurrogate, GRPOModule, SFTModule
 from lightning_modules.cli import main
 from lightning_modules.hparams import NotPlainError, plain
 from lightning_modules.sampling import GenerateSampler, Sampling
@@ -55,7 +55,9 @@ def python_module(model, **options) -> GRPOModule:
 
 @pytest.mark.parametrize("adapter", [LoraConfig(r=4, target_modules="all-linear", lora_alpha=9), None])
 def test_a_module_made_in_python_is_rebuilt(tiny_model, tmp_path, adapter):
-    module = python_module(tiny_model, adapter=adapter, num_generations=4, clip=(0.1, 0.3))
+    module = python_module(
+        tiny_model, adapter=adapter, num_generations=4, policy_loss=ClippedSurrogate((0.1, 0.3))
+    )
     path = fit(module, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():
@@ -63,7 +65,7 @@ def test_a_module_made_in_python_is_rebuilt(tiny_model, tmp_path, adapter):
     rebuilt = GRPOModule.load_from_checkpoint(path).eval()
     assert torch.equal(logits(rebuilt), logits(module))
     assert rebuilt.num_generations == 4
-    assert tuple(rebuilt.clip) == (0.1, 0.3)
+    assert tuple(rebuilt.policy_loss.clip) == (0.1, 0.3)
     assert rebuilt.sampling == Sampling(max_new_tokens=8, temperature=1.3)
     assert isinstance(rebuilt.sampler, GenerateSampler)
     assert rebuilt.sampler.max_rows == 5

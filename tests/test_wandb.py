@@ -185,7 +185,7 @@ def test_the_config_holds_hyper_parameters_and_the_yaml(run, tiny_model):
     assert text == (folder / "config.yaml").read_text()
     full = yaml.safe_load(text)
     assert full["model"]["init_args"]["rewards"][1]["init_args"]["maximum"] == 8
-    assert full["model"]["init_args"]["kl_coef"] == 0  # defaults too
+    assert full["model"]["init_args"]["kl"]["coef"] == 0  # defaults too
     assert full["trainer"]["val_check_interval"] == 3
     assert full["seed_everything"] == 3
 

@@ -5,57 +5,36 @@ Shapes: B rows = prompts x G, K reward functions, T completion tokens, b rows of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr
 from torch import Tensor
 
 from datamodules.batches import TextBatch
-from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.distributed import all_sum, gathered
-from lightning_modules.grpo.advantages import group_advantages
-from lightning_modules.grpo.evaluation import pass_at_k
-from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
-from lightning_modules.grpo.metrics import add_rollout_means
+from lightning_modules.distributed import gathered
+from lightning_modules.grpo.advantages import Scale
+from lightning_modules.grpo.checks import check_settings, warn_of_settings
+from lightning_modules.grpo.correction import off_policy_rows
+from lightning_modules.grpo.estimators import Advantage, GroupAdvantage
+from lightning_modules.grpo.losses import kl_estimate
+from lightning_modules.grpo.objective import Objective
 from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
-from lightning_modules.grpo.policy import (
-    Tokens,
-    add_update_means,
-    forward_policy,
-    switch_dropout_off,
-    update_metric_names,
-)
+from lightning_modules.grpo.policy import Tokens, switch_dropout_off
+from lightning_modules.grpo.policy_losses import ClippedSurrogate, PolicyLoss
+from lightning_modules.grpo.reference import KL
+from lightning_modules.grpo.resampling import Resampling
+from lightning_modules.grpo.reward_watch import RewardWatch
 from lightning_modules.grpo.rewards import RewardFunction
-from lightning_modules.grpo.rollout import (
-    MicroBatch,
-    Rollout,
-    Scores,
-    collate,
-    masked,
-    repeat_rows,
-    row_seeds,
-)
-from lightning_modules.grpo.scoring import (
-    Scoring,
-    reward_names,
-    score_completions,
-    weighted_total,
-)
-from lightning_modules.metrics import Clock, Means
-from lightning_modules.microbatches import plan_micro_batches
+from lightning_modules.grpo.rollout import Rollout, Scores, repeat_rows, row_seeds
+from lightning_modules.grpo.scoring import Scoring, reward_names, score_completions, weighted_total
+from lightning_modules.grpo.steps import PATIENCE, RolloutSteps
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
-from lightning_modules.text import prediction_rows
-
-# Steps without any signal after which the user is told.
-_PATIENCE = 20
 
 
-class GRPOModule(CausalLMModule):
+class GRPOModule(RolloutSteps):
     """Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300, eq. 3).
 
     Two completions per prompt, the default, are 2-GRPO ("It Takes Two: Your GRPO Is Secretly DPO", arXiv
@@ -71,7 +50,8 @@ class GRPOModule(CausalLMModule):
 
     One `training_step` is one rollout with its `updates_per_rollout` updates, by manual optimisation, so
     every checkpoint lies on a rollout border. `max_steps` counts `updates_per_rollout` for each rollout, also
-    for one without any live group, which updates nothing.
+    for one without any live group, which updates nothing. With `resampling` a `training_step` may only draw,
+    or only take prompts in, and only updates count.
 
     Args:
         rewards: Reward functions in TRL's convention; the first one decides success.
@@ -79,16 +59,14 @@ class GRPOModule(CausalLMModule):
         num_generations: G, completions per prompt, at least 2.
         sampling: How rollouts are drawn.
         sampler: Who draws them; default `GenerateSampler`.
-        scale: Advantage scaling: `std`, `population`, `batch`, `none` (Dr.GRPO) or `rloo`.
-        clip: Lower and upper clip range of the probability ratio.
-        kl_coef: Weight of the k3 KL estimate to the base policy (the disabled adapter). 0 computes none.
-        over: What the loss averages over: `tokens`, `sequences`, or a `constant` (rows x max_new_tokens).
-            The denominator is always that of the whole optimiser step over all ranks.
+        advantage: How rewards become advantages: a scale of `group_advantages` (`std`, `population`, `batch`,
+            `none` for Dr. GRPO, `rloo`, `maxrl`), or an `Advantage` such as `OPO` or `GDPO`. Over all ranks.
+        policy_loss: The policy term; default `ClippedSurrogate`, clip 0.2 on both sides.
+        kl: The KL term to a reference policy; none by default.
+        objective: Which tokens count, and how much.
+        resampling: Draw fresh prompts in place of dead groups; None uses each batch as it is.
         updates_per_rollout: Optimiser updates from each rollout; each uses all its live rows.
         max_tokens_per_microbatch: Token budget of one forward and backward pass. Does not change gradients.
-        dead_groups: Whether groups without any advantage stay in the denominator (`keep`, as in TRL and
-            verl) or leave the objective (`renormalize`). They reach no forward pass, except for the KL term
-            of `keep`.
         num_val_generations: k, completions per prompt in validation.
         val_sampling: How validation draws; default `sampling`.
         **kwargs: Arguments of `CausalLMModule`.
@@ -101,59 +79,40 @@ class GRPOModule(CausalLMModule):
         num_generations: int = 2,
         sampling: Sampling = Sampling(),  # noqa: B008  frozen
         sampler: Sampler | None = None,
-        scale: Literal["std", "population", "batch", "none", "rloo"] = "population",
-        clip: tuple[float, float] = (0.2, 0.2),
-        kl_coef: float = 0.0,
-        over: Literal["tokens", "sequences", "constant"] = "tokens",
+        advantage: Scale | Advantage = "population",
+        policy_loss: PolicyLoss | None = None,
+        kl: KL = KL(),  # noqa: B008  frozen
+        objective: Objective = Objective(),  # noqa: B008  frozen
+        resampling: Resampling | None = None,
         updates_per_rollout: int = 1,
         max_tokens_per_microbatch: int = 4096,
-        dead_groups: Literal["keep", "renormalize"] = "keep",
         num_val_generations: int = 1,
         val_sampling: Sampling | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.automatic_optimization = False
-        if num_generations < 2:
-            raise ValueError(
-                f"num_generations={num_generations}: a completion is compared with the others of its group, "
-                "so a group of one teaches nothing. Set num_generations: 2 or more."
-            )
-        if sampling.temperature == 0:
-            raise ValueError(
-                "sampling.temperature=0: greedy completions of a group are all equal, so there is nothing to "
-                "compare. Set a positive temperature; val_sampling may be greedy."
-            )
-        for name, value in {
-            "updates_per_rollout": updates_per_rollout,
-            "max_tokens_per_microbatch": max_tokens_per_microbatch,
-            "num_val_generations": num_val_generations,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1.")
-        if kl_coef and kwargs.get("adapter") is None:
-            raise ValueError(
-                f"kl_coef={kl_coef} with adapter=None: full fine-tuning leaves no base policy to compare "
-                "with. Set kl_coef: 0, or train an adapter such as peft.LoraConfig."
-            )
         self.reward_functions = rewards
         self.scoring = scoring
+        self.answer = scoring.answer
         self.num_generations = num_generations
         self.sampling = sampling
         self.sampler = sampler or GenerateSampler()
-        self.scale: Literal["std", "population", "batch", "none", "rloo"] = scale
-        self.clip = clip
-        self.kl_coef = kl_coef
-        self.over: Literal["tokens", "sequences", "constant"] = over
+        self.advantage = GroupAdvantage(advantage) if isinstance(advantage, str) else advantage
+        self.policy_loss = policy_loss or ClippedSurrogate()
+        self.kl = kl
+        self.objective = objective
+        self.resampling = resampling
         self.updates_per_rollout = updates_per_rollout
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
-        self.dead_groups = dead_groups
         self.num_val_generations = num_val_generations
         self.val_sampling = val_sampling or sampling
-        self.num_tokens = 0
-        self.skipped_steps = 0
-        self.sampling_seed: int = 0
-        self._skipped_in_a_row = 0
+        check_settings(self, trains_base=kwargs.get("adapter") is None)
+        self.watch = RewardWatch(
+            PATIENCE,
+            keeps_signs_only=isinstance(self.advantage, GroupAdvantage)
+            and self.advantage.scale in ("std", "population"),
+        )
 
     def configure_model(self) -> None:
         """Load the model, without dropout, and hand it to the sampler.
@@ -166,18 +125,17 @@ class GRPOModule(CausalLMModule):
         self.sampling_seed = torch.initial_seed()  # later it differs between ranks
         switch_dropout_off(self.model)
         self.sampler.bind(self.model, self.tokenizer)
+        if self.kl.coef:
+            self.kl.policy.start(self)
 
     def on_fit_start(self) -> None:
         """Write the hyper-parameters to the loggers and print the plan."""
         super().on_fit_start()
-        if self.sampling.top_p < 1 or self.sampling.top_k or self.sampling.min_p:
-            rank_zero_warn(
-                "sampling cuts off unlikely tokens (top_p, top_k or min_p), but training takes "
-                "log-probabilities of the whole distribution: a biased gradient. Set top_p: 1, top_k: 0 "
-                "and min_p: 0."
-            )
+        warn_of_settings(self)
         if lightning_hasattr(self, "batch_size"):
             batch_size: Any = lightning_getattr(self, "batch_size")
+            if self.resampling is not None:
+                self.resampling.check(self.num_generations, batch_size * self.trainer.world_size)
             self.print(self.plan(batch_size))
 
     def plan(self, prompts_per_rank: int) -> Plan:
@@ -196,6 +154,7 @@ class GRPOModule(CausalLMModule):
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
             vocab_size=self.text_config.vocab_size,
             kv_bytes_per_token=kv_bytes_per_token(self.text_config, self.weights_dtype),
+            resampling=self.resampling,
             **parameter_facts(self.model, self.trained_parameters()),
         )
 
@@ -229,7 +188,7 @@ class GRPOModule(CausalLMModule):
         )
 
     def draw_seeds(self, uids: Sequence[int], num_generations: int) -> list[int]:
-        """Seed each completion by the run, the step, its row and its number, so that ranks and batches do not matter.
+        """Seed each completion by run, draw, row and its number, so that ranks and batches do not matter.
 
         Validation draws the same numbers every time.
 
@@ -243,7 +202,7 @@ class GRPOModule(CausalLMModule):
         if not self.trainer.training:  # each row once over all ranks
             return row_seeds(self.sampling_seed, -1, uids, num_generations)
         before = [uid for part in gathered(list(uids))[: self.global_rank] for uid in part]
-        return row_seeds(self.sampling_seed, self.global_step, uids, num_generations, before)
+        return row_seeds(self.sampling_seed, self.draws, uids, num_generations, before)
 
     def score(self, rollout: Rollout) -> Scores:
         """Reward each completion.
@@ -277,7 +236,7 @@ class GRPOModule(CausalLMModule):
         )
 
     def advantages(self, scores: Scores, rollout: Rollout) -> Tensor:
-        """Compare the completions of each group.
+        """Compare the completions of each group; a collective, since some estimators look at all ranks' rows.
 
         Args:
             scores: Rewards of B rows.
@@ -286,169 +245,45 @@ class GRPOModule(CausalLMModule):
         Returns:
             Advantage of each row (B). Groups of zeros are dead: they teach nothing.
         """
-        return group_advantages(scores.total, rollout.group_size, scale=self.scale)
+        parts = gathered((scores.total, scores.by_function, rollout.lengths))
+        total, by_function, lengths = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        everyone = self.advantage(total, by_function, self.scoring.weights, lengths, rollout.group_size)
+        first = sum(len(part[0]) for part in parts[: self.global_rank]) if len(parts) > 1 else 0
+        return everyone[first : first + len(rollout)]
 
     def loss(self, tokens: Tokens) -> Tensor:
         """Loss of each token, before aggregation.
 
         Args:
-            tokens: Log-probabilities, advantages and mask of b rows; `ref_logprobs` where `kl_coef` is set.
+            tokens: Log-probabilities, advantages and masks of b rows; `ref_logprobs` where the loss has a KL term.
 
         Returns:
             (b, T); what stands at masked positions does not count.
         """
-        loss_BT = clipped_surrogate(
-            tokens.logprobs, tokens.old_logprobs, tokens.advantages, tokens.mask, clip=self.clip
-        )
+        now, old = tokens.logprobs, tokens.old_logprobs
+        loss_bT = self.policy_loss(now, old, tokens.advantages, tokens.mask)
+        if self.objective.correction is not None:
+            loss_bT = loss_bT * self.objective.correction(old, tokens.sampler_logprobs, tokens.mask)
+        if self.objective.off_policy_threshold is not None:
+            stale_b = off_policy_rows(
+                now,
+                tokens.sampler_logprobs,
+                tokens.advantages,
+                tokens.mask,
+                threshold=self.objective.off_policy_threshold,
+            )
+            loss_bT = torch.where(stale_b[:, None], 0.0, loss_bT)
+        if tokens.policy_mask is not None:
+            loss_bT = torch.where(tokens.policy_mask.bool(), loss_bT, 0.0)
         if tokens.ref_logprobs is not None:
-            loss_BT = loss_BT + self.kl_coef * kl_estimate(tokens.logprobs, tokens.ref_logprobs, "k3")
-        return loss_BT
-
-    # ------------------------------------------------------------------ training
-
-    def training_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
-        """One rollout and its updates.
-
-        Returns:
-            `rollout`, `scores` and `advantages`, for callbacks.
-        """
-        clock, means = Clock(), Means()
-        with clock("generate"):
-            rollout = self.rollout(batch, self.num_generations, self.sampling)
-        with clock("score"):
-            scores = self.score(rollout)
-        advantages_B = self.advantages(scores, rollout)
-        if advantages_B.shape != (len(rollout),) or not advantages_B.isfinite().all():
-            raise ValueError(
-                f"{type(self).__name__}.advantages must return one finite number for each of the "
-                f"{len(rollout)} rows, got {advantages_B}."
-            )
-        add_rollout_means(means, rollout, scores, advantages_B)
-        with clock("update"):
-            self._update(rollout, advantages_B, means)
-        self._log_step(rollout, means, clock)
-        return {"rollout": rollout, "scores": scores, "advantages": advantages_B}
-
-    def _update(self, rollout: Rollout, advantages_B: Tensor, means: Means) -> None:
-        """Update the policy from the rows that carry a gradient; the same number of times on every rank."""
-        strategy = self.trainer.strategy
-        for name in update_metric_names(kl=self.kl_coef > 0):
-            means.add(name, torch.empty(0))  # a step without update logs NaN, not the value of the last one
-        live_B = advantages_B != 0
-        lengths_B = rollout.lengths
-        live_group_B = live_B.view(-1, rollout.group_size).any(1).repeat_interleave(rollout.group_size)
-        counted_B = live_group_B if self.dead_groups == "renormalize" else torch.ones_like(live_B)
-        # A KL term gives dead rows a gradient, as long as they belong to the objective.
-        computed_B = counted_B if self.kl_coef else live_B
-        tokens, sequences, computed = all_sum(
-            strategy, torch.stack([lengths_B[counted_B].sum(), counted_B.sum(), computed_B.sum()])
-        ).tolist()
-        if computed == 0:
-            self._skip_step()
-            return
-        self._skipped_in_a_row = 0
-        denominator = {
-            "tokens": tokens,
-            "sequences": sequences,
-            "constant": sequences * self.sampling.max_new_tokens,
-        }[self.over]
-
-        rows = computed_B.nonzero()[:, 0].tolist()
-        sizes = [len(rollout.prompt_ids[row]) + int(lengths_B[row]) for row in rows]
-        groups = [
-            [rows[i] for i in group] for group in plan_micro_batches(sizes, self.max_tokens_per_microbatch)
-        ]
-        put = partial(collate, rollout, advantages_B, pad_token_id=self.pad_token_id, device=self.device)
-        # A rank without rows of its own joins the exchange of gradients with a masked row.
-        micro_batches = [put(group) for group in groups] or [masked(put([0]))]
-        micro_batches = self.in_step(micro_batches, lambda: masked(put([0])))
-        # Ranks add their gradients up as a mean, hence the world size.
-        share = denominator / self.trainer.world_size
-        for _ in range(self.updates_per_rollout):
-            norm = self.update(
-                [partial(self._share_of_loss, rollout, rows, share, means) for rows in micro_batches]
-            )
-            means.add("grad_norm", norm)
-
-    def _skip_step(self) -> None:
-        """Count a step that leaves weights and optimiser alone, on every rank."""
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        for _ in range(self.updates_per_rollout):
-            self.count_step_without_update()
-        if self._skipped_in_a_row == _PATIENCE:
-            rank_zero_warn(
-                f"{_PATIENCE} steps in a row had no group whose completions differ in reward, so nothing was "
-                "learned. Look at the rollouts: is the task far too hard or easy, or the reward constant?"
-            )
-
-    def _share_of_loss(self, rollout: Rollout, rows: MicroBatch, denominator: float, means: Means) -> Tensor:
-        self.route(rollout.batch, rows.rows)
-        reference = self.adapter.disabled() if self.kl_coef else None
-        tokens = forward_policy(self, rows, temperature=self.sampling.temperature, reference=reference)
-        add_update_means(means, tokens, self.clip)
-        return aggregate(self.loss(tokens), tokens.mask, over=self.over, denominator=denominator)
-
-    def _log_step(self, rollout: Rollout, means: Means, clock: Clock) -> None:
-        generated = all_sum(self.trainer.strategy, rollout.lengths.sum())
-        self.num_tokens += int(generated.item())
-        values = means.reduce(self.trainer.strategy)
-        values |= {f"time/{phase}": seconds for phase, seconds in clock.seconds.items()}
-        values |= {"tokens": float(self.num_tokens), "skipped_steps": float(self.skipped_steps)}
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
-        # Logged a second time without the prefix only for the progress bar.
-        self.log("reward", values["reward"], prog_bar=True, logger=False, batch_size=1)
+            ratio_of = old if self.kl.unbiased else None
+            kl_bT = kl_estimate(now, tokens.ref_logprobs, self.kl.kind, old_logprobs_BT=ratio_of)
+            loss_bT = loss_bT + self.kl.coef * kl_bT
+        if self.objective.entropy_coef:
+            loss_bT = loss_bT - self.objective.entropy_coef * tokens.entropy
+        return loss_bT
 
     def _log_metric(self, name: str, value: float) -> None:
         """Let a reward function log a number of its own (TRL's `log_metric`)."""
-        self.log(f"{'train' if self.trainer.training else 'val'}/{name}", value, batch_size=1)
-
-    def counters(self) -> Mapping[str, int]:
-        """Return the running counts."""
-        return {
-            **super().counters(),
-            "num_tokens": self.num_tokens,
-            "skipped_steps": self.skipped_steps,
-            "sampling_seed": self.sampling_seed,
-        }
-
-    def load_counters(self, counters: Mapping[str, int]) -> None:
-        """Continue the running counts."""
-        super().load_counters(counters)
-        self.num_tokens = counters.get("num_tokens", 0)
-        self.skipped_steps = counters.get("skipped_steps", 0)
-        self.sampling_seed = counters.get("sampling_seed", self.sampling_seed)
-
-    # ------------------------------------------------------------------ evaluation
-
-    def evaluation_metrics(self) -> Sequence[str]:
-        """Name the metrics of validation."""
-        k = self.num_val_generations
-        pass_at = [f"pass@{k}"] if k > 1 else []
-        return ("reward", f"mean@{k}", *pass_at, "completion_length", "truncated")
-
-    def validation_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Any]:
-        """Measure `mean@k` and the unbiased `pass@k` of success.
-
-        Returns:
-            `rollout`, `scores`, and `success` per prompt and completion, 0 or 1, NaN where the first reward
-            function does not apply (B / k, k).
-        """
-        k = self.num_val_generations
-        rollout = self.rollout(batch, k, self.val_sampling)
-        scores = self.score(rollout)
-        success_Qk = scores.success.view(-1, k)
-        means = self.evaluation_means
-        means.add("reward", scores.total)
-        means.add(f"mean@{k}", success_Qk)
-        means.add("completion_length", rollout.lengths.float())
-        means.add("truncated", rollout.truncated.float())
-        if k > 1:
-            applicable_Qk = success_Qk[~success_Qk.isnan().any(1)]
-            passed = [pass_at_k(int(correct), k, k) for correct in applicable_Qk.sum(1).tolist()]
-            means.add(f"pass@{k}", torch.tensor(passed))
-        return {"rollout": rollout, "scores": scores, "success": success_Qk}
-
-    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Return `uid`, `prompt` and one `completion` per row."""
-        return prediction_rows(batch, self.rollout(batch, 1, self.val_sampling).completions.texts)
+        stage = "train" if self.trainer.training else "test" if self.trainer.testing else "val"
+        self.log(f"{stage}/{name}", value, batch_size=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.grpo.resampling import Resampling
 from lightning_modules.sharding import local
 
 _GIB = 2**30
@@ -30,6 +31,7 @@ class Plan:
         frozen: Parameters that are not.
         weight_bytes: All parameters in memory.
         gradient_bytes: Gradients of the trainable ones.
+        resampling: How dead groups are replaced; None not at all.
     """
 
     prompts_per_rank: int
@@ -44,6 +46,7 @@ class Plan:
     frozen: int
     weight_bytes: int
     gradient_bytes: int
+    resampling: Resampling | None = None
 
     def __str__(self) -> str:
         prompts = self.prompts_per_rank * self.world_size
@@ -53,11 +56,21 @@ class Plan:
         # At most every position of a micro-batch is scored: logits, their float32 copy and its gradient.
         logits = 3 * 4 * self.max_tokens_per_microbatch * self.vocab_size
         total = self.weight_bytes + self.gradient_bytes + moments + max(cache, logits)
+        period = "step" if self.resampling is None else "draw"
+        resampled = (
+            []
+            if self.resampling is None
+            else [
+                f"  live groups a rollout  {self.resampling.live_groups:,}, from at most "
+                f"{self.resampling.max_rollouts:,} rollouts",
+            ]
+        )
         lines = [
             "Plan",
-            f"  prompts per step       {prompts:,} ({self.prompts_per_rank:,} x {self.world_size} ranks)",
-            f"  rollouts per step      {rollouts:,} ({self.group_size} per prompt)",
-            f"  completion tokens      up to {rollouts * self.max_new_tokens:,} per step "
+            f"  prompts per {period}       {prompts:,} ({self.prompts_per_rank:,} x {self.world_size} ranks)",
+            f"  rollouts per {period}      {rollouts:,} ({self.group_size} per prompt)",
+            *resampled,
+            f"  completion tokens      up to {rollouts * self.max_new_tokens:,} per {period} "
             f"({self.max_new_tokens:,} each)",
             f"  updates per rollout    {self.updates_per_rollout} (on live groups, at most "
             f"{self.max_tokens_per_microbatch:,} tokens a forward pass)",

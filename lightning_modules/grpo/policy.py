@@ -1,21 +1,48 @@
-"""What the loss sees of a micro-batch: log-probabilities under the policy, the old and the base policy.
+"""What the loss sees of a micro-batch: log-probabilities under the policy, the old one, the sampler and the reference.
 
-Shapes: b rows, T completion tokens.
+Shapes: b rows, P prompt tokens, T completion tokens.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.grpo.losses import clip_fractions, kl_estimate
-from lightning_modules.grpo.rollout import MicroBatch
+from lightning_modules.grpo.groups import Row
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
-from lightning_modules.metrics import Means
+from lightning_modules.microbatches import pad_pairs
+
+
+@dataclass
+class MicroBatch:
+    """Rows that go through the model together, and what is kept of them from one update to the next.
+
+    Attributes:
+        rows: What they were made from (b).
+        input_ids: Prompts padded on the left, completions on the right (b, P+T).
+        attention_mask: 1 on real tokens (b, P+T).
+        mask: 1 on completion tokens that count (b, T).
+        advantages: (b).
+        sampler_logprobs: Of the sampler, nats, 0 where masked (b, T).
+        on_policy: Whether the policy that the first update starts from drew the row, bool (b).
+        old_logprobs: Of the policy that drew the row (b, T); None before the first update's forward pass.
+        ref_logprobs: Of the reference policy (b, T); None before they are computed.
+        policy_mask: 1 on tokens whose policy loss counts (b, T); None for all.
+    """
+
+    rows: list[Row]
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    advantages: Tensor
+    sampler_logprobs: Tensor
+    on_policy: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    policy_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -24,21 +51,57 @@ class Tokens:
 
     Attributes:
         logprobs: Of the policy being trained, nats, with gradient (b, T).
-        old_logprobs: Of the policy that the first update started from (b, T).
-        ref_logprobs: Of the base policy (b, T); None when `kl_coef` is 0.
-        entropy: Of the policy at each position, nats, without gradient (b, T).
+        old_logprobs: Of the policy that drew the rows (b, T).
+        sampler_logprobs: The same by the sampler's own account (b, T).
+        ref_logprobs: Of the reference policy (b, T); None without a KL term in the loss.
+        entropy: Of the policy at each position, nats (b, T); with gradient where there is an entropy bonus.
         advantages: (b).
         mask: 1 on completion tokens that count (b, T).
-        rows: Positions in the rollout (b).
+        policy_mask: 1 on tokens whose policy loss counts (b, T); None for all.
+        rows: What they were made from (b).
     """
 
     logprobs: Tensor
     old_logprobs: Tensor
+    sampler_logprobs: Tensor
     ref_logprobs: Tensor | None
     entropy: Tensor
     advantages: Tensor
     mask: Tensor
-    rows: list[int]
+    policy_mask: Tensor | None
+    rows: list[Row]
+
+
+def collate(rows: Sequence[Row], *, pad_token_id: int, device: torch.device) -> MicroBatch:
+    """Pad rows to their own longest prompt and completion.
+
+    Args:
+        rows: b.
+        pad_token_id: Filler; masked everywhere.
+        device: Where the tensors go.
+
+    Returns:
+        Tensors of the shapes that `MicroBatch` names.
+    """
+    input_ids, attention_mask, mask_bT = pad_pairs(
+        [row.prompt_ids for row in rows],
+        [row.token_ids for row in rows],
+        pad_token_id=pad_token_id,
+        device=device,
+    )
+    sampler_bT = torch.zeros(mask_bT.shape)
+    for i, row in enumerate(rows):
+        sampler_bT[i, : len(row.logprobs)] = torch.tensor(row.logprobs)
+    counts_b = torch.tensor([row.counts for row in rows], device=device)
+    return MicroBatch(
+        rows=list(rows),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        mask=mask_bT * counts_b[:, None],
+        advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device),
+        sampler_logprobs=sampler_bT.to(device),
+        on_policy=torch.tensor([row.on_policy for row in rows], device=device),
+    )
 
 
 def switch_dropout_off(model: nn.Module) -> None:
@@ -54,61 +117,71 @@ def switch_dropout_off(model: nn.Module) -> None:
             module.training = True
 
 
-def forward_policy(
-    model: nn.Module,
-    micro_batch: MicroBatch,
-    *,
-    temperature: float,
-    reference: AbstractContextManager[Any] | None,
-) -> Tokens:
-    """Run the policy on a micro-batch.
-
-    The first update starts from the policy that sampled, so the log-probabilities of its own forward pass are
-    the old ones and cost no pass. They and the base policy's are kept in the micro-batch for later updates.
+def reference_logprobs(model: nn.Module, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
+    """Return log-probabilities without gradient, nats (b, T). Call it where the model is the reference policy.
 
     Args:
         model: The policy.
-        micro_batch: Rows of a rollout.
+        micro_batch: Rows.
         temperature: Of the sampling.
-        reference: Context in which the model is the base policy; None computes no reference.
+    """
+    with torch.no_grad():
+        return token_logprobs(_logits(model, micro_batch, temperature), _ids(micro_batch))
+
+
+def policy_entropy(model: nn.Module, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
+    """Return the entropy of the policy at each position, nats, without gradient (b, T).
+
+    Args:
+        model: The policy.
+        micro_batch: Rows.
+        temperature: Of the sampling.
+    """
+    with torch.no_grad():
+        return token_entropy(_logits(model, micro_batch, temperature))
+
+
+def forward_policy(
+    model: nn.Module, micro_batch: MicroBatch, *, temperature: float, entropy_gradient: bool = False
+) -> Tokens:
+    """Run the policy on a micro-batch.
+
+    The first update starts from the policy that drew most rows, so the log-probabilities of its own forward pass are
+    the old ones and cost no pass. Rows that wait from an earlier step have the sampler's. They are kept in the
+    micro-batch for later updates.
+
+    Args:
+        model: The policy.
+        micro_batch: Rows.
+        temperature: Of the sampling.
+        entropy_gradient: Whether the entropy carries a gradient.
 
     Returns:
         What `GRPOModule.loss` gets.
     """
-    T = micro_batch.mask.shape[1]
-    inputs = (micro_batch.input_ids, micro_batch.attention_mask, T, temperature)
-    ids_BT = micro_batch.input_ids[:, -T:]
-    if reference is not None and micro_batch.ref_logprobs is None:
-        with torch.no_grad(), reference:
-            micro_batch.ref_logprobs = token_logprobs(completion_logits(model, *inputs), ids_BT)
-    logits_BTV = completion_logits(model, *inputs)
-    logprobs_BT = token_logprobs(logits_BTV, ids_BT)
+    logits_bTV = _logits(model, micro_batch, temperature)
+    logprobs_bT = token_logprobs(logits_bTV, _ids(micro_batch))
     if micro_batch.old_logprobs is None:
-        micro_batch.old_logprobs = logprobs_BT.detach()
+        micro_batch.old_logprobs = torch.where(
+            micro_batch.on_policy[:, None], logprobs_bT.detach(), micro_batch.sampler_logprobs
+        )
     return Tokens(
-        logprobs=logprobs_BT,
+        logprobs=logprobs_bT,
         old_logprobs=micro_batch.old_logprobs,
+        sampler_logprobs=micro_batch.sampler_logprobs,
         ref_logprobs=micro_batch.ref_logprobs,
-        entropy=token_entropy(logits_BTV.detach()),
+        entropy=token_entropy(logits_bTV if entropy_gradient else logits_bTV.detach()),
         advantages=micro_batch.advantages,
         mask=micro_batch.mask,
+        policy_mask=micro_batch.policy_mask,
         rows=micro_batch.rows,
     )
 
 
-def update_metric_names(*, kl: bool) -> list[str]:
-    """Names of the metrics that only a step with an update has."""
-    return ["entropy", "clip_low", "clip_high", "grad_norm", *(["kl"] if kl else [])]
+def _logits(model: nn.Module, micro_batch: MicroBatch, temperature: float) -> Tensor:
+    T = micro_batch.mask.shape[1]
+    return completion_logits(model, micro_batch.input_ids, micro_batch.attention_mask, T, temperature)
 
 
-def add_update_means(means: Means, tokens: Tokens, clip: tuple[float, float]) -> None:
-    """Add entropy, clip shares and KL of a micro-batch, each a mean over its tokens."""
-    logprobs_BT = tokens.logprobs.detach()
-    low_BT, high_BT = clip_fractions(
-        logprobs_BT, tokens.old_logprobs, tokens.advantages, tokens.mask, clip=clip
-    )
-    means.add("entropy", tokens.entropy, tokens.mask)
-    means.add("clip_low", low_BT.float(), tokens.mask)
-    means.add("clip_high", high_BT.float(), tokens.mask)
-    if tokens.ref_logprobs is not None:
-        means.add("kl", kl_estimate(logprobs_BT, tokens.ref_logprobs, "k3"), tokens.mask)
+def _ids(micro_batch: MicroBatch) -> Tensor:
+    return micro_batch.input_ids[:, -micro_batch.mask.shape[1] :]

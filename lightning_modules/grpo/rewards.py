@@ -91,6 +91,10 @@ class NumericAnswer(GoldReward):
         # == first: it is exact, while a difference is rounded to 28 digits.
         return float(found == expected or abs(found - expected) <= Decimal(str(self.tolerance)))
 
+    def answer_of(self, text: str) -> Decimal | None:
+        """Return the last number, for majority votes; the tolerance plays no part there."""
+        return _last_number(text)
+
 
 @dataclass(frozen=True)
 class AnyOf(GoldReward):
@@ -113,6 +117,10 @@ class AnyOf(GoldReward):
         """Look for any of the gold answers."""
         golds = [gold] if isinstance(gold, str) else [str(one) for one in gold]
         return float(any(self._matches(text, one) for one in golds)) if golds else None
+
+    def answer_of(self, text: str) -> str | None:
+        """Return the normalised text, for majority votes."""
+        return self._normalise(text) or text.strip() or None
 
     def _matches(self, text: str, gold: str) -> bool:
         found, expected = self._normalise(text), self._normalise(gold)

@@ -1,7 +1,6 @@
-"""What one rollout holds, and what the loss sees of it.
+"""What one rollout holds, and what it is drawn with.
 
-Shapes: B rows = prompts x G, the G completions of a prompt in neighbouring rows; K reward functions;
-T completion tokens; P prompt tokens.
+Shapes: B rows = prompts x G, the G completions of a prompt in neighbouring rows; K reward functions.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import Prompt, TextBatch
-from lightning_modules.microbatches import pad_pairs
 from lightning_modules.sampling.base import Completions
 
 
@@ -91,71 +89,7 @@ class Scores:
 
 def repeat_rows(batch: TextBatch, times: int) -> TextBatch:
     """Repeat each row of a batch `times` times, copies next to each other."""
-
-    def repeated(values: list[Any]) -> list[Any]:
-        return [value for value in values for _ in range(times)]
-
-    return TextBatch(
-        prompts=repeated(batch.prompts),
-        answers=repeated(batch.answers),
-        tasks=repeated(batch.tasks),
-        uids=repeated(batch.uids),
-        columns={name: repeated(values) for name, values in batch.columns.items()},
-        choices=repeated(batch.choices),
-    )
-
-
-@dataclass
-class MicroBatch:
-    """Rows that go through the model together, and what is kept of them from one update to the next.
-
-    Attributes:
-        rows: Their positions in the rollout (b).
-        input_ids: Prompts padded on the left, completions on the right (b, P+T).
-        attention_mask: 1 on real tokens (b, P+T).
-        mask: 1 on completion tokens that count (b, T).
-        advantages: (b).
-        old_logprobs: Of the policy that the first update started from (b, T); None before its forward pass.
-        ref_logprobs: Of the base policy (b, T); None before it is computed.
-    """
-
-    rows: list[int]
-    input_ids: Tensor
-    attention_mask: Tensor
-    mask: Tensor
-    advantages: Tensor
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-
-
-def collate(
-    rollout: Rollout, advantages_B: Tensor, rows: list[int], *, pad_token_id: int, device: torch.device
-) -> MicroBatch:
-    """Pad some rows of a rollout to their own longest prompt and completion.
-
-    Args:
-        rollout: The rollout.
-        advantages_B: Advantage of each of its rows (B).
-        rows: The rows to take (b).
-        pad_token_id: Filler; masked everywhere.
-        device: Where the tensors go.
-
-    Returns:
-        Tensors of the shapes that `MicroBatch` names.
-    """
-    input_ids, attention_mask, mask = pad_pairs(
-        [rollout.prompt_ids[row] for row in rows],
-        [rollout.completions.token_ids[row] for row in rows],
-        pad_token_id=pad_token_id,
-        device=device,
-    )
-    return MicroBatch(rows, input_ids, attention_mask, mask, advantages_B[rows].float().to(device))
-
-
-def masked(micro_batch: MicroBatch) -> MicroBatch:
-    """Let a micro-batch count nothing, in place: it only takes part in what all ranks do together."""
-    micro_batch.mask.zero_()
-    return micro_batch
+    return batch.take(row for row in range(len(batch)) for _ in range(times))
 
 
 def row_seeds(
@@ -165,7 +99,7 @@ def row_seeds(
 
     Args:
         run: Seed of the run.
-        step: Optimiser steps before the rollout.
+        step: Number of the rollout in the run.
         uids: Of the prompts.
         num_generations: Completions per prompt.
         before: Of the prompts that ranks before this one have in the same step, where prompts may come twice.

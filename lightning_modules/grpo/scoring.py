@@ -45,12 +45,15 @@ class Scoring:
         timeout: Seconds that a function may take for one batch; None for no limit.
         nan: Whether a NaN or infinite reward is an error, or counts as not applicable like None.
         success: Smallest reward of the first function that counts as a success.
+        answer: Finds the answer in a completion, by which majority votes of validation are counted; None asks the
+            first reward function (its `answer_of`), else takes the whole text.
     """
 
     weights: list[float] | None = None
     timeout: float | None = None
     nan: Literal["error", "ignore"] = "error"
     success: float = 1.0
+    answer: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:

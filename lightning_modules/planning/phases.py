@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.grpo.losses import aggregate
 from lightning_modules.grpo.module import GRPOModule
-from lightning_modules.grpo.policy import forward_policy
-from lightning_modules.grpo.rollout import MicroBatch
+from lightning_modules.grpo.policy import MicroBatch, forward_policy, reference_logprobs
 from lightning_modules.logprobs import completion_logits, token_logprobs
 from lightning_modules.planning.ranks import Ranks
 from lightning_modules.planning.shapes import StepShape
@@ -184,15 +183,22 @@ def _grpo_loss(module: GRPOModule, shape: StepShape) -> Tensor:
     b, T = shape.rows_per_pass, shape.completion_tokens
     input_ids, attention_mask = _rows(shape)
     micro_batch = MicroBatch(
-        rows=list(range(b)),
+        rows=[],
         input_ids=input_ids,
         attention_mask=attention_mask,
         mask=torch.ones(b, T),
         advantages=torch.ones(b),
+        sampler_logprobs=torch.zeros(b, T),
+        on_policy=torch.ones(b, dtype=torch.bool),
     )
-    reference = module.adapter.disabled() if module.kl_coef else None
-    tokens = forward_policy(module, micro_batch, temperature=module.sampling.temperature, reference=reference)
-    return aggregate(module.loss(tokens), tokens.mask, over=module.over, denominator=float(b * T))
+    temperature, objective = module.sampling.temperature, module.objective
+    if module.kl.in_loss:
+        with module.kl.policy.context(module):
+            micro_batch.ref_logprobs = reference_logprobs(module, micro_batch, temperature=temperature)
+    tokens = forward_policy(
+        module, micro_batch, temperature=temperature, entropy_gradient=objective.entropy_coef != 0
+    )
+    return aggregate(module.loss(tokens), tokens.mask, over=objective.over, denominator=float(b * T))
 
 
 def _cache_shapes(config: Any, rows: int, shape: StepShape) -> set[tuple[int, ...]]:

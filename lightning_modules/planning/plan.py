@@ -193,6 +193,7 @@ def traffic(module: CausalLMModule, base: nn.Module, shape: StepShape, ranks: Ra
         return data_parallel(gradients, ranks=ranks.devices, updates=shape.updates)
     layers = sum(_size(layer, ranks.param_dtype) for layer in decoder_layers(base))
     grpo = isinstance(module, GRPOModule)
+    reads = shape.passes if isinstance(module, GRPOModule) and module.kl.in_loss else 0
     drawn = 1 if ranks.whole_for_generation else shape.completion_tokens
     return sharded(
         layers,
@@ -201,7 +202,7 @@ def traffic(module: CausalLMModule, base: nn.Module, shape: StepShape, ranks: Ra
         shards=ranks.shards,
         replicas=ranks.replicas,
         passes=shape.passes * shape.updates,
-        reads=shape.passes if grpo and module.kl_coef else 0,
+        reads=reads,
         gathers_again=ranks.reshard_after_forward is not False,
         generation_gathers=drawn if grpo else 0,
     )

@@ -11,6 +11,8 @@ from fixed_rollouts import FixedGRPO, RecordGradients, first_gradients, loader
 from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
 
+from lightning_modules.grpo.reference import KL
+
 KL_COEF = 0.0  # so that dead rows are really dropped
 
 
@@ -38,7 +40,7 @@ def main(model: str, out: str, *uids: str) -> None:
         model=model,
         adapter=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
         optimizer=lambda p: RecordGradients(p, lr=0.1),
-        kl_coef=KL_COEF,
+        kl=KL(KL_COEF),
         max_tokens_per_microbatch=70,
     )
     keep = KeepMetrics()

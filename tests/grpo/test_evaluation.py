@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lightning_modules.grpo.evaluation import Interval, mean_interval, paired_gain, pass_at_k
+from lightning_modules.grpo.evaluation import (
+    Interval,
+    PromptRecord,
+    majority_at_k,
+    mean_interval,
+    paired_gain,
+    pass_at_k,
+    success_at_k,
+    summarise,
+)
 
 binary = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=40)
 shares = st.lists(st.integers(0, 8).map(lambda n: n / 8), min_size=1, max_size=40)
@@ -43,6 +52,105 @@ def test_pass_at_k_errors():
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"k={k} must lie between 1 and num_samples=4: sample more"):
             pass_at_k(1, 4, k)
+
+
+def vote(answers, success):
+    """Majority by lists: the mean over the winning answers of the mean success of each."""
+    named = [answer for answer in answers if answer is not None] or [None]
+    most = max(named.count(answer) for answer in named)
+    winners = {answer for answer in named if named.count(answer) == most}
+    return fmean(fmean(s for a, s in zip(answers, success, strict=True) if a == winner) for winner in winners)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_majority_of_every_small_case(k):
+    for answers in itertools.product([None, "a", "b", "c"], repeat=k):
+        for success in itertools.product([0.0, 1.0], repeat=k):
+            assert majority_at_k(answers, success) == pytest.approx(vote(answers, success), abs=1e-12)
+
+
+def test_majority_by_hand():
+    assert majority_at_k([7, 7, 8], [1.0, 1.0, 0.0]) == 1
+    assert majority_at_k([7, 8, 8], [1.0, 0.0, 0.0]) == 0
+    assert majority_at_k([7, 7, 8, 8, 9], [1.0, 1.0, 0.0, 0.0, 0.0]) == 0.5
+    assert majority_at_k([None, None, None, 7], [0.0, 0.0, 0.0, 1.0]) == 1
+    assert majority_at_k([None, None], [0.0, 1.0]) == 0.5
+    assert majority_at_k([0, 0, 1], [1.0, 1.0, 0.0]) == 1  # zero is an answer like any other
+
+
+votes = st.lists(st.tuples(st.sampled_from([None, 0, 1, 2]), st.sampled_from([0.0, 1.0])), min_size=1)
+
+
+@given(pairs=votes, seed=st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+def test_majority_asks_neither_for_order_nor_for_names(pairs, seed):
+    answers, success = zip(*pairs, strict=True)
+    value = majority_at_k(answers, success)
+    assert min(success) <= value <= max(success)
+    shuffled = random.Random(seed).sample(pairs, len(pairs))
+    assert majority_at_k(*zip(*shuffled, strict=True)) == value
+    assert majority_at_k([None if a is None else ("name", -a) for a in answers], success) == value
+    more = [*answers, *[9] * (len(answers) + 1)]
+    assert majority_at_k(more, [*success, *[1.0] * (len(answers) + 1)]) == 1
+
+
+def test_majority_errors():
+    with pytest.raises(ValueError, match="answers has 1 values and success 2: give one each"):
+        majority_at_k(["a"], [1.0, 0.0])
+    with pytest.raises(ValueError, match="and at least one"):
+        majority_at_k([], [])
+    with pytest.raises(ValueError, match=r"success\[1\]=nan is not finite: leave out prompts"):
+        majority_at_k(["a", "b"], [1.0, math.nan])
+    with pytest.raises(ValueError, match=r"answers=\[\['a'\]\] must be hashable"):
+        majority_at_k([["a"]], [1.0])
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+def test_success_at_k_of_every_outcome(k):
+    """Each pass@j is the share of j-subsets with a success."""
+    answers = [row % 3 for row in range(k)]
+    for success in itertools.product([0.0, 1.0], repeat=k):
+        expected = {f"mean@{k}": fmean(success)}
+        for j in [j for j in (2, 4, k) if 1 < j <= k]:
+            subsets = list(itertools.combinations(success, j))
+            expected[f"pass@{j}"] = sum(map(max, subsets)) / len(subsets)
+        if k > 1:
+            expected[f"maj@{k}"] = vote(answers, success)
+        assert success_at_k(success, answers) == pytest.approx(expected, abs=1e-12)
+
+
+def test_success_that_does_not_apply():
+    assert success_at_k([math.nan] * 4, ["a"] * 4) == {}
+    assert success_at_k([1.0, math.nan, 0.0, 0.0], ["a"] * 4) == {"mean@4": pytest.approx(1 / 3)}
+
+
+records = st.lists(
+    st.builds(
+        PromptRecord,
+        st.sampled_from(["sums", "a/b", "a_b"]),
+        st.dictionaries(st.sampled_from(["reward", "mean@2"]), st.integers(0, 4).map(lambda n: n / 4)),
+    ),
+    max_size=12,
+)
+
+
+@given(rows=records, seed=st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+def test_summary_is_the_mean_of_each_metric_and_task(rows, seed):
+    labels = {"sums": "sums/", "a_b": "a_b/", "a/b": "a_b_/" if "a_b" in [r.task for r in rows] else "a_b/"}
+    tasks = {row.task for row in rows}
+    expected = {}
+    for name in ("reward", "mean@2"):
+        for task in [None, *(tasks if len(tasks) > 1 else ())]:
+            values = [row.values[name] for row in rows if name in row.values and task in (None, row.task)]
+            if values:
+                full = labels.get(task, "") + name
+                expected[full] = sum(values) / len(values)
+                if name == "mean@2":
+                    _, expected[f"{full}/low"], expected[f"{full}/high"] = mean_interval(values)
+    assert summarise(rows, ["mean@2"]) == pytest.approx(expected, abs=1e-12)
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    assert summarise(shuffled, ["mean@2"]) == summarise(rows, ["mean@2"])
 
 
 @given(values=binary, confidence=st.sampled_from([0.5, 0.9, 0.95, 0.99]))

@@ -14,8 +14,13 @@ from fixed_rollouts import REWARDS, FixedGRPO, RecordGradients, first_gradients,
 from peft import LoraConfig
 
 from lightning_modules.grpo.advantages import group_advantages
+from lightning_modules.grpo.groups import groups_of, rows_of
 from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
-from lightning_modules.grpo.rollout import Scores, collate
+from lightning_modules.grpo.objective import Objective
+from lightning_modules.grpo.policy import collate
+from lightning_modules.grpo.policy_losses import ClippedSurrogate
+from lightning_modules.grpo.reference import KL
+from lightning_modules.grpo.rollout import Scores
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
 
 HERE = Path(__file__).parent
@@ -42,7 +47,7 @@ def assert_equal(ours, theirs, tolerance=1e-6):
 
 def slow_gradients(tiny_model, uids, *, over, kl_coef, dead_groups, scale="population"):
     """The obvious twin: each row alone and unpadded, dead ones too, plain sums over the whole step."""
-    module = build(tiny_model, kl_coef=kl_coef)
+    module = build(tiny_model, kl=KL(kl_coef))
     lightning.Trainer(barebones=True, accelerator="cpu")
     module.configure_model()
     batch = next(iter(loader(uids)))
@@ -81,29 +86,30 @@ def slow_gradients(tiny_model, uids, *, over, kl_coef, dead_groups, scale="popul
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_equals_the_slow_twin_that_computes_every_row(tiny_model, over, dead_groups, kl_coef):
     """Dropping dead groups equals computing them."""
-    options = {"over": over, "dead_groups": dead_groups, "kl_coef": kl_coef}
-    assert_equal(gradients(tiny_model, **options), slow_gradients(tiny_model, range(8), **options))
+    ours = gradients(tiny_model, objective=Objective(over=over, dead_groups=dead_groups), kl=KL(kl_coef))
+    twin = slow_gradients(tiny_model, range(8), over=over, dead_groups=dead_groups, kl_coef=kl_coef)
+    assert_equal(ours, twin)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 70, 10_000])
 def test_micro_batches_do_not_change_the_gradient(tiny_model, max_tokens):
-    one = gradients(tiny_model, max_tokens_per_microbatch=4096, kl_coef=0.1)
-    assert_equal(gradients(tiny_model, max_tokens_per_microbatch=max_tokens, kl_coef=0.1), one)
+    one = gradients(tiny_model, max_tokens_per_microbatch=4096, kl=KL(0.1))
+    assert_equal(gradients(tiny_model, max_tokens_per_microbatch=max_tokens, kl=KL(0.1)), one)
 
 
 def test_the_token_budget_really_splits_1x8_2x4_8x1(tiny_model, monkeypatch):
     """8 live rows: as one micro-batch of 8, two of 4, and eight of 1."""
-    from lightning_modules.grpo import module as grpo_module
+    from lightning_modules.grpo import updates
 
     sizes = []
-    plan = grpo_module.plan_micro_batches
+    plan = updates.plan_micro_batches
 
     def recorded(lengths, max_tokens):
         groups = plan(lengths, max_tokens)
         sizes.append([len(group) for group in groups])
         return groups
 
-    monkeypatch.setattr(grpo_module, "plan_micro_batches", recorded)
+    monkeypatch.setattr(updates, "plan_micro_batches", recorded)
     uids = [2, 3, 6, 7]
     results = []
     for budget in (10_000, 200, 1):
@@ -119,9 +125,9 @@ def test_row_order_does_not_change_the_gradient(tiny_model):
 
 def test_padding_does_not_change_the_gradient(tiny_model, monkeypatch):
     plain = gradients(tiny_model)
-    from lightning_modules.grpo import rollout as rollout_module
+    from lightning_modules.grpo import policy
 
-    pad = rollout_module.pad_pairs
+    pad = policy.pad_pairs
 
     def wider(prompts, completions, *, pad_token_id, device):
         """Seven more columns of padding on each side, filled with another token."""
@@ -129,7 +135,7 @@ def test_padding_does_not_change_the_gradient(tiny_model, monkeypatch):
         ids = torch.nn.functional.pad(ids, (7, 7), value=23)
         return ids, torch.nn.functional.pad(attention, (7, 7)), torch.nn.functional.pad(mask, (0, 7))
 
-    monkeypatch.setattr(rollout_module, "pad_pairs", wider)
+    monkeypatch.setattr(policy, "pad_pairs", wider)
     assert_equal(gradients(tiny_model), plain)
 
 
@@ -150,7 +156,7 @@ def test_two_ranks_with_unequal_live_groups_equal_one(tiny_model, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         for rank in range(2):
             saved = torch.load(f"{out}.{rank}", weights_only=True)
-            assert_equal(saved["gradients"], gradients(tiny_model, uids, kl_coef=saved["kl_coef"]))
+            assert_equal(saved["gradients"], gradients(tiny_model, uids, kl=KL(saved["kl_coef"])))
             # Metrics are means over both ranks, weighted by rows and tokens.
             rewards = torch.tensor([r for uid in uids for r in REWARDS[uid]], dtype=torch.float32)
             assert saved["metrics"]["train/reward"] == pytest.approx(rewards.mean().item())
@@ -180,7 +186,7 @@ def test_a_step_without_live_groups_leaves_weights_and_optimiser_alone(tiny_mode
 
 def test_several_updates_per_rollout_follow_the_clipped_objective(tiny_model):
     """Three updates equal three hand-made SGD steps on the clipped surrogate with fixed old log-probs."""
-    options = {"kl_coef": 0.05, "clip": (0.1, 0.15), "gradient_clip_val": None}
+    options = {"kl": KL(0.05), "policy_loss": ClippedSurrogate((0.1, 0.15)), "gradient_clip_val": None}
     module = build(tiny_model, updates_per_rollout=3, **options)
     trainer = lightning.Trainer(barebones=True, accelerator="cpu", max_epochs=1)
     trainer.fit(module, loader(range(8)))
@@ -190,7 +196,8 @@ def test_several_updates_per_rollout_follow_the_clipped_objective(tiny_model):
     twin.configure_model()
     rollout = twin.rollout(next(iter(loader(range(8)))), 2, twin.sampling)
     advantages_B = group_advantages(twin.score(rollout).total, 2, scale="population")
-    rows = collate(rollout, advantages_B, list(range(16)), pad_token_id=0, device=twin.device)
+    every_row = rows_of(groups_of(rollout, advantages_B, 0), 0, lambda *_: True)
+    rows = collate(every_row, pad_token_id=0, device=twin.device)
     trained = [p for p in twin.parameters() if p.requires_grad]
 
     def logprobs():
@@ -254,9 +261,8 @@ def test_renormalize_drops_groups_not_rows(tiny_model):
             adapter=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
             optimizer=lambda p: RecordGradients(p, lr=0.1),
             num_generations=3,
-            kl_coef=0.1,
-            over="sequences",
-            dead_groups=dead_groups,
+            kl=KL(0.1),
+            objective=Objective(over="sequences", dead_groups=dead_groups),
         )
         trainer = lightning.Trainer(barebones=True, accelerator="cpu", max_epochs=1)
         results.append(first_gradients(module, trainer, loader(range(4))))

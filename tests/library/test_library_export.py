@@ -102,7 +102,7 @@ def test_grpo_on_top_of_an_expert_from_yaml(tiny_model, tmp_path, library, monke
         init_args={
             "adapter": {"class_path": EXPERT, "init_args": {"library": library, "expert": "parent"}},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-            "kl_coef": 0.01,
+            "kl": {"coef": 0.01},
         },
         callbacks=[
             {"class_path": "LibraryExport", "init_args": {"library": library, "name": "after_grpo"}},

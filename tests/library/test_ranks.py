@@ -13,6 +13,7 @@ from small_runs import QUIET, quiver
 
 from lightning_modules import AdapterLibraryModule, GRPOModule, RoutedAdapter, TaskRouter
 from lightning_modules.cli import main
+from lightning_modules.grpo.reference import KL
 from lightning_modules.library.store import AdapterLibrary
 
 ROUTERS = {
@@ -129,7 +130,7 @@ def test_grpo_routes_the_rows_that_run(tiny_model, tmp_path, monkeypatch):
     adapter = RoutedAdapter(TaskRouter(), experts=["less", "more"], rank=2)
     module = GRPOModule(
         model=tiny_model, adapter=adapter, rewards=[reward], num_generations=3, max_tokens_per_microbatch=200,
-        kl_coef=0.1,
+        kl=KL(0.1),
     )  # fmt: skip
     module.configure_model()
 

@@ -115,7 +115,9 @@ def test_a_tied_weight_gets_its_gradient_through_embedding_and_head(tiny_model):
         assert (alone - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [CHOSEN, {"schedule": Static(2)}, {"schedule": OneShot(9)}], ids=["chosen", "static", "dense"])
+@pytest.mark.parametrize(
+    "options", [CHOSEN, {"schedule": Static(2)}, {"schedule": OneShot(9)}], ids=["chosen", "static", "dense"]
+)
 def test_gradient_checkpointing_makes_equal_gradients(tiny_model, options):
     results = []
     for checkpointing in (False, True):

@@ -1,0 +1,67 @@
+"""Which settings of a GRPO run contradict each other, and which only surprise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_modules.grpo.estimators import GDPO
+from lightning_modules.grpo.reference import Snapshot
+
+if TYPE_CHECKING:
+    from lightning_modules.grpo.module import GRPOModule
+
+
+def check_settings(module: GRPOModule, *, trains_base: bool) -> None:
+    """Refuse settings that cannot work together.
+
+    Args:
+        module: With its attributes set.
+        trains_base: Whether the base weights themselves are trained.
+
+    Raises:
+        ValueError: Naming the argument, what is wrong with it, and the remedy.
+    """
+    if module.num_generations < 2:
+        raise ValueError(
+            f"num_generations={module.num_generations}: a completion is compared with the others of its group, "
+            "so a group of one teaches nothing. Set num_generations: 2 or more."
+        )
+    if module.sampling.temperature == 0:
+        raise ValueError(
+            "sampling.temperature=0: greedy completions of a group are all equal, so there is nothing to "
+            "compare. Set a positive temperature; val_sampling may be greedy."
+        )
+    for name in ("updates_per_rollout", "max_tokens_per_microbatch", "num_val_generations"):
+        if getattr(module, name) < 1:
+            raise ValueError(f"{name}={getattr(module, name)}: must be at least 1.")
+    if module.kl.coef and trains_base and not isinstance(module.kl.reference, Snapshot):
+        raise ValueError(
+            f"kl.coef={module.kl.coef} with adapter=None: full fine-tuning leaves no base policy to compare "
+            "with. Set kl.coef: 0, keep a copy with kl.reference: lightning_modules.grpo.reference.Snapshot, or train "
+            "an adapter such as peft.LoraConfig."
+        )
+    if module.kl.coef and module.kl.in_reward and isinstance(module.advantage, GDPO):
+        raise ValueError(
+            "kl.in_reward=true lowers the sum of the rewards, but advantage=GDPO normalises each reward function by "
+            "itself. Set kl.in_reward: false, or another advantage."
+        )
+    if module.policy_loss.of_sequences and module.objective.over == "tokens":
+        raise ValueError(
+            f"policy_loss={type(module.policy_loss).__name__} of whole sequences with objective.over=tokens: each "
+            "completion's loss would count as often as it has tokens. Set objective.over: sequences."
+        )
+    if module.resampling is not None:
+        module.resampling.check(module.num_generations)
+
+
+def warn_of_settings(module: GRPOModule) -> None:
+    """Say which settings bias the gradient."""
+    sampling = module.sampling
+    if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
+        rank_zero_warn(
+            "sampling cuts off unlikely tokens (top_p, top_k or min_p), but training takes "
+            "log-probabilities of the whole distribution: a biased gradient. Set top_p: 1, top_k: 0 "
+            "and min_p: 0."
+        )

@@ -1,0 +1,115 @@
+"""The advantage estimators as YAML takes them: settings around the pure functions of `advantages`.
+
+Shapes: B rows of all ranks, G completions of a prompt in neighbouring rows, K reward functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_modules.grpo.advantages import Scale, group_advantages, normalized_each, opo_advantages
+
+
+class Advantage(ABC):
+    """How rewards become advantages."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        rewards_B: Tensor,
+        rewards_BK: Tensor,
+        weights: Sequence[float] | None,
+        lengths_B: Tensor,
+        group_size: int,
+    ) -> Tensor:
+        """Compare the completions of each group.
+
+        Args:
+            rewards_B: Weighted sum of the rewards, less a KL penalty if there is one; NaN where none applies.
+            rewards_BK: Reward of each function, NaN where it does not apply.
+            weights: Of the functions (K); None weighs all with 1.
+            lengths_B: Tokens of each completion.
+            group_size: G.
+
+        Returns:
+            (B), 0 in groups that teach nothing.
+        """
+
+
+@dataclass(frozen=True)
+class GroupAdvantage(Advantage):
+    """Rewards summed, then centred and scaled within the group. See `advantages.group_advantages`.
+
+    Args:
+        scale: `std`, `population`, `batch`, `none` (Dr. GRPO), `rloo` or `maxrl`.
+        eps: Added to a standard deviation, in units of the reward.
+        tolerance: Rewards of a group that differ by no more are equal.
+    """
+
+    scale: Scale = "population"
+    eps: float = 1e-4
+    tolerance: float = 1e-6
+
+    def __call__(
+        self,
+        rewards_B: Tensor,
+        rewards_BK: Tensor,
+        weights: Sequence[float] | None,
+        lengths_B: Tensor,
+        group_size: int,
+    ) -> Tensor:
+        """Compare the sums."""
+        return group_advantages(
+            rewards_B, group_size, scale=self.scale, eps=self.eps, tolerance=self.tolerance
+        )
+
+
+@dataclass(frozen=True)
+class OPO(Advantage):
+    """The baseline of least variance for on-policy steps, weighted by length. See `advantages.opo_advantages`.
+
+    Args:
+        tolerance: Rewards of a group that differ by no more are equal.
+    """
+
+    tolerance: float = 1e-6
+
+    def __call__(
+        self,
+        rewards_B: Tensor,
+        rewards_BK: Tensor,
+        weights: Sequence[float] | None,
+        lengths_B: Tensor,
+        group_size: int,
+    ) -> Tensor:
+        """Compare the sums."""
+        return opo_advantages(rewards_B, lengths_B, group_size, tolerance=self.tolerance)
+
+
+@dataclass(frozen=True)
+class GDPO(Advantage):
+    """Each reward function normalised by itself, then summed. See `advantages.normalized_each`.
+
+    Args:
+        eps: Added to a standard deviation, in units of the reward.
+        tolerance: Rewards of a group that differ by no more are equal.
+    """
+
+    eps: float = 1e-4
+    tolerance: float = 1e-6
+
+    def __call__(
+        self,
+        rewards_B: Tensor,
+        rewards_BK: Tensor,
+        weights: Sequence[float] | None,
+        lengths_B: Tensor,
+        group_size: int,
+    ) -> Tensor:
+        """Compare function by function."""
+        weights = [1.0] * rewards_BK.shape[1] if weights is None else weights
+        return normalized_each(rewards_BK, weights, group_size, eps=self.eps, tolerance=self.tolerance)

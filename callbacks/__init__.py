@@ -6,6 +6,7 @@ from callbacks.graceful_stop import GracefulStop
 from callbacks.held_out_gain import HeldOutGain
 from callbacks.learning_curve import LearningCurve
 from callbacks.library_export import LibraryExport
+from callbacks.prompt_curriculum import PromptCurriculum
 from callbacks.rank_watch import RankWatch
 from callbacks.rollout_table import RolloutTable
 from callbacks.routing_report import RoutingReport
@@ -20,6 +21,7 @@ __all__ = [
     "HeldOutGain",
     "LearningCurve",
     "LibraryExport",
+    "PromptCurriculum",
     "RankWatch",
     "RolloutTable",
     "RoutingReport",

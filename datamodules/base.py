@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from datamodules.batches import Prompt, TextBatch
 from datamodules.loader import EvalLoader, TextLoader, TrainLoader
 from datamodules.rows import ColumnarRows, ParsedRow, RowFormat, Rows
-from datamodules.splits import permutation
+from datamodules.splits import permutation, weighted
 
 Split: TypeAlias = Literal["train", "val", "test"]
 
@@ -89,6 +89,8 @@ class TextDataModule(LightningDataModule):
         self._splits: dict[Split, Rows] = {}
         self._columns: dict[Split, list[str]] = {}
         self._train_loader: TrainLoader | None = None
+        self._weights: torch.Tensor | None = None
+        self._weights_of_epoch: tuple[int, torch.Tensor | None] | None = None
 
     def rows(self, split: Split) -> Rows:
         """Return the rows of a split, in a fixed order; called once per split and process.
@@ -114,6 +116,56 @@ class TextDataModule(LightningDataModule):
         """
         num_rows = len(self._splits["train"])
         return permutation(num_rows, self.seed, "epoch", epoch) if self.shuffle else torch.arange(num_rows)
+
+    def num_rows(self, split: Split) -> int:
+        """Return the number of rows of a split; its rows have the uids from 0 on."""
+        return len(self._split_rows(split))
+
+    def weigh_rows(self, weights: torch.Tensor | None) -> None:
+        """Let training rows come as often as their weights say, from the next epoch on.
+
+        The rows of an epoch are then drawn from those of `train_order`, as many as before.
+
+        Args:
+            weights: Of the training rows, not negative, any scale (rows,); the same on every rank. None: all alike.
+
+        Raises:
+            ValueError: If there is not one weight for each row, one is negative or not finite, or all are 0.
+        """
+        num_rows = len(self._split_rows("train"))
+        if weights is not None:
+            if weights.shape != (num_rows,):
+                raise ValueError(
+                    f"{tuple(weights.shape)} weights for {num_rows} training rows: give one for each row"
+                )
+            if (
+                not bool(weights.isfinite().all())
+                or bool((weights < 0).any())
+                or not bool((weights > 0).any())
+            ):
+                raise ValueError("weights of rows must be finite, not negative, and not all 0")
+        self._weights = weights
+
+    def _weighted_order(self, epoch: int) -> torch.Tensor:
+        order = self.train_order(epoch)
+        # A resumed run must meet the weights with which the epoch began, not those of the time it was stopped.
+        if self._weights_of_epoch is None or self._weights_of_epoch[0] != epoch:
+            self._weights_of_epoch = (epoch, self._weights)
+        weights = self._weights_of_epoch[1]
+        return order if weights is None else weighted(order, weights[order], self.seed, "weighted", epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of rows in the epoch that runs and in the next one, for the checkpoint."""
+        if self._weights is None:
+            return {}
+        epoch, weights = self._weights_of_epoch or (-1, None)
+        return {"epoch": epoch, "weights": weights, "next_weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        if state_dict:
+            self._weights_of_epoch = (state_dict["epoch"], state_dict["weights"])
+            self._weights = state_dict["next_weights"]
 
     def task_names(self, split: Split = "train") -> list[str]:
         """Return the names of the tasks of a split, sorted.
@@ -187,7 +239,7 @@ class TextDataModule(LightningDataModule):
                 len(self.train_order(0)),
                 self.batch_size,
                 *self._rank_and_world_size(),
-                order=self.train_order,
+                order=self._weighted_order,
             )
         return self._train_loader
 

@@ -25,6 +25,28 @@ def permutation(num_rows: int, *key: int | str) -> torch.Tensor:
     return torch.randperm(num_rows, generator=generator, device="cpu")
 
 
+def weighted(order: torch.Tensor, weights: torch.Tensor, *key: int | str) -> torch.Tensor:
+    """Draw as many entries of `order` as it has, each in proportion to its weight, in the random order of `key`.
+
+    Systematic sampling: an entry that should come 1.3 times comes once or twice, never less or more.
+
+    Args:
+        order: Row indices (N,).
+        weights: Of its entries, not negative, not all 0 (N,).
+        key: What the draw belongs to.
+
+    Returns:
+        (N,).
+    """
+    generator = torch.Generator(device="cpu").manual_seed(stable_hash(*key))
+    shuffled = torch.randperm(len(order), generator=generator)
+    cumulated = weights[shuffled].double().cumsum(0)
+    start = torch.rand((), generator=generator, dtype=torch.float64)
+    marks = (torch.arange(len(order)) + start) / len(order) * cumulated[-1]
+    drawn = torch.searchsorted(cumulated, marks, right=True).clamp(max=len(order) - 1)
+    return order[shuffled[drawn]][torch.randperm(len(order), generator=generator)]
+
+
 def held_out(num_rows: int, val_size: int | float, seed: int, name: str) -> tuple[list[int], list[int]]:
     """Split row indices into a training and a validation part.
 

@@ -5,9 +5,10 @@
 
 A Llama of 0.1 million parameters first learns to add two numbers below 50 from answers of which many are wrong, more
 for some prompts than for others: it then answers right with a probability between about 0.03 and 0.8, by prompt.
-GRPO shall make it answer right always. An update has 128 rollouts: 8 prompts x 16 up to 64 x 2, the learning rate in
-proportion to the prompts (`match_compute`), clip 0.2/0.28, population std, as in arXiv 2510.00977. A run that is in the
-file already is not repeated, so an interrupted study goes on.
+GRPO shall make it answer right always. An update has 128 rollouts, from 8 prompts x 16 to 64 x 2; clip 0.2/0.28,
+population std and ten warm-up updates, as in arXiv 2510.00977. Each group size is first tried with four learning rates
+(half the updates, a seed of its own); the best at equal rollouts counts. A run that is in the file already is not
+repeated, so an interrupted study goes on; two processes may share the work with --seeds.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ import json
 import logging
 import os
 import platform
+import statistics
 import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 OPERAND, HELD_OUT, ROLLOUTS, UPDATES, EVERY = 50, 250, 128, 384, 8
-LR = 2.0e-4  # of 16 rollouts; see --lr
+RATES, GRID_SEED = (2.0e-4, 4.0e-4, 8.0e-4, 1.6e-3), 0
 SEEDS = (1, 2, 3, 4, 5)
-# Name: group size, factor on the matched learning rate, live groups of an update where dead ones are replaced.
-ARMS: dict[str, tuple[int, float, int | None]] = {
-    "16": (16, 1.0, None),
-    "8": (8, 1.0, None),
-    "4": (4, 1.0, None),
-    "2": (2, 1.0, None),
-    "2, lr of 16": (2, 1 / 8, None),
-    "2 + resampling": (2, 1.0, 64),
+# Name: group size, and live groups of an update where dead ones are replaced.
+ARMS: dict[str, tuple[int, int | None]] = {
+    "16": (16, None),
+    "8": (8, None),
+    "4": (4, None),
+    "2": (2, None),
+    "2 + resampling": (2, 64),
 }
 BASE = Path("runs/two_rollouts/base")
 CHARACTERS = "0123456789+="
@@ -51,46 +52,71 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--report", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--updates", type=int, default=UPDATES)
-    parser.add_argument("--lr", type=float, default=LR, help="learning rate of 16 rollouts")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     options = parser.parse_args()
     if options.report is not None:
         from two_rollouts_report import write_report
 
-        write_report([json.loads(line) for line in options.out.read_text().splitlines()], options.report)
+        write_report(read(options.out), options.report)
         return
     warnings.filterwarnings("ignore")
     for name in ("lightning", "lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not BASE.exists():
         make_base()
-    done = set()
-    if options.out.exists():
-        records = [json.loads(line) for line in options.out.read_text().splitlines()]
-        done = {(one["arm"], one["seed"], one["lr16"], one["updates"]) for one in records}
+    trials = [(arm, GRID_SEED, lr, UPDATES // 2) for arm in options.arms for lr in RATES]
+    for cell in trials:
+        run(cell, options.out)
+    best = best_rates(read(options.out))
     for seed in options.seeds:
         for arm in options.arms:
-            if (arm, seed, options.lr, options.updates) in done:
-                continue
-            record = train(arm, seed, options.lr, options.updates)
-            with options.out.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            last = record["curve"][-1]
-            print(
-                f"{arm:16} seed {seed}: {record['curve'][0][4]:.3f} -> {last[4]:.3f}, {last[3]:.0f} s",
-                flush=True,
-            )
+            run((arm, seed, best[arm], UPDATES), options.out)
+
+
+def read(path: Path) -> list[dict]:
+    """The records of a file, none of a missing one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def late_accuracy(record: dict) -> float:
+    """Mean accuracy over the last quarter of a run, which one lucky measurement does not decide."""
+    curve = record["curve"]
+    return statistics.fmean(point[4] for point in curve[-len(curve) // 4 :])
+
+
+def best_rates(records: list[dict]) -> dict[str, float]:
+    """The learning rate of each arm that did best in the trials."""
+    trials = [one for one in records if one["seed"] == GRID_SEED]
+    return {
+        arm: max((one for one in trials if one["arm"] == arm), key=late_accuracy)["lr"]
+        for arm in {one["arm"] for one in trials}
+    }
+
+
+def run(cell: tuple[str, int, float, int], out: Path) -> None:
+    """Train and write down, unless it was done."""
+    arm, seed, lr, updates = cell
+    if any((one["arm"], one["seed"], one["lr"], one["updates"]) == cell for one in read(out)):
+        return
+    record = train(arm, seed, lr, updates)
+    with out.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    last = record["curve"][-1]
+    print(
+        f"{arm:16} seed {seed}, lr {lr:g}: {record['curve'][0][4]:.3f} -> {last[4]:.3f}, {last[3]:.0f} s",
+        flush=True,
+    )
 
 
 def make_tokenizer():
     """One token per character, and one that ends the answer."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate(["<end>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
@@ -143,7 +169,7 @@ def make_base() -> None:
     aside.rename(BASE)
 
 
-def train(arm: str, seed: int, lr16: float, updates: int) -> dict:
+def train(arm: str, seed: int, lr: float, updates: int) -> dict:
     """One run; returns its learning curve."""
     import lightning.pytorch as lightning
     import torch
@@ -188,8 +214,8 @@ def train(arm: str, seed: int, lr16: float, updates: int) -> dict:
                 [trainer.global_step, self.prompts, rollouts, round(self.seconds, 2), round(accuracy, 4)]
             )
 
-    group_size, factor, live = ARMS[arm]
-    matched = match_compute(ROLLOUTS // 16, 16, lr16, to=group_size)
+    group_size, live = ARMS[arm]
+    matched = match_compute(ROLLOUTS // 16, 16, lr, to=group_size)
     lightning.seed_everything(seed, verbose=False)
     module = GRPOModule(
         model=str(BASE),
@@ -200,7 +226,7 @@ def train(arm: str, seed: int, lr16: float, updates: int) -> dict:
         sampler=GenerateSampler(max_rows=4096),
         policy_loss=ClippedSurrogate((0.2, 0.28)),
         resampling=None if live is None else Resampling(live, max_rollouts=8 * ROLLOUTS),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=matched.lr * factor, weight_decay=0.01),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
         num_val_generations=8,
     )
@@ -224,8 +250,7 @@ def train(arm: str, seed: int, lr16: float, updates: int) -> dict:
         "command": "python benchmarks/two_rollouts.py",
         "arm": arm,
         "seed": seed,
-        "lr16": lr16,
-        "lr": matched.lr * factor,
+        "lr": lr,
         "prompts_per_update": matched.prompts,
         "updates": updates,
         "columns": ["updates", "prompts", "rollouts", "seconds", "mean@8"],

@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 # Torch spreads over all cores it sees; a container may own fewer.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
+# Tests of one file share what it trains once, so they stay together.
+WORKERS ?= $(OMP_NUM_THREADS)
+
 .PHONY: demo test lint types imports audit check
 
 demo: $(VENV)/.demo
@@ -15,7 +18,7 @@ demo: $(VENV)/.demo
 test: check
 
 check: lint types imports audit
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 def uncertainty(pass_rate: float) -> float:
     """Weigh a prompt by the variance of its outcome, p (1 - p), at least 0.02 so that none is lost for good.
 
-    A pair of completions differs with the probability 2 p (1 - p): prompts that are always or never solved teach nothing.
+    A pair of completions differs with the probability 2 p (1 - p): prompts that are always, or never, solved teach
+    nothing.
 
     >>> uncertainty(0.5), uncertainty(1.0)
     (0.25, 0.02)

@@ -228,7 +228,7 @@ def test_a_cap_below_one_draw_is_refused(tiny_model):
     data.batch_size = 8
     data.train_dataloader = lambda: TrainLoader(text_batch, 8, 8, order=lambda epoch: torch.arange(8))
     trainer = lightning.Trainer(barebones=True, accelerator="cpu", max_steps=1)
-    with pytest.raises(ValueError, match="max_rollouts=12 is below one draw: .* 8 prompts of 2 rollouts"):
+    with pytest.raises(ValueError, match=r"max_rollouts=12 is below one draw: .* 8 prompts of 2 rollouts"):
         trainer.fit(module, data)
 
 

@@ -174,6 +174,32 @@ def test_prompt_longer_than_the_context(tiny_model, failure):
             "Set kl.coef: 0, keep a copy",
         ),
         ({"rewards": []}, "rewards is empty: ", "give at least one reward function"),
+        (
+            {"resampling": {"live_groups": 4, "max_rollouts": 4}},
+            "resampling.max_rollouts=4 does not allow 4 live groups of num_generations=2",
+            "Raise the cap",
+        ),
+        (
+            {"resampling": {"live_groups": 1, "max_rollouts": 2}},
+            "resampling.max_rollouts=2 is below one draw: ",
+            "Raise the cap or lower data.batch_size",
+        ),
+        ({"kl": {"coef": 0.1, "kind": "k1"}}, "kl.kind=k1 in the loss: ", "or kl.in_reward: true"),
+        (
+            {"policy_loss": {"class_path": "ClippedSurrogate", "init_args": {"level": "sequence"}}},
+            "policy_loss=ClippedSurrogate of whole sequences with objective.over=tokens: ",
+            "Set objective.over: sequences.",
+        ),
+        (
+            {"policy_loss": {"class_path": "ClippedSurrogate", "init_args": {"ceiling": 0.5}}},
+            "ceiling=0.5 must be at least 1",
+            "null turns it off",
+        ),
+        (
+            {"advantage": {"class_path": "GDPO"}, "kl": {"coef": 0.1, "kind": "k1", "in_reward": True}},
+            "kl.in_reward=true lowers the sum of the rewards, but advantage=GDPO",
+            "or another advantage",
+        ),
     ],
 )
 def test_bad_arguments(init_args, place, remedy, tiny_model, failure):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,23 +15,20 @@ from torch import Tensor, nn
 from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.checkpoints import AdapterCheckpoints
-from lightning_modules.distributed import gathered, gradient_exchange, largest, rewrap
-from lightning_modules.evaluation import EvaluationMeans
-from lightning_modules.fsdp2 import FSDP2Strategy
+from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.mapped_weights import cast, map_model
-from lightning_modules.sharding import is_whole, norm_of
+from lightning_modules.sharded_passes import ShardedPasses
+from lightning_modules.sharding import norm_of
 from lightning_modules.sources import check_model, resolve_model
 from lightning_modules.text import encode_prompts
-
-T = TypeVar("T")
 
 # Its one message here, that GGUF or adapter loading took place, repeats for every layer.
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
 logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)  # norms "not sharded"
 
 
-class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
+class CausalLMModule(AdapterCheckpoints, ShardedPasses):
     """Base of all our modules: model source, tokenizer, adapter, optimiser, adapter-only checkpoints.
 
     Weights are loaded in `configure_model`, never in the constructor, so that a strategy can shard them and
@@ -163,55 +159,6 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
         model = self.adapter.attach(base)
         self.sharding.shard(base, prepare)
         return model
-
-    @property
-    def sharding(self) -> FSDP2Strategy | None:
-        """The strategy that shards the model; None under every other one."""
-        strategy = None if self._trainer is None else self._trainer.strategy
-        return strategy if isinstance(strategy, FSDP2Strategy) else None
-
-    def generating(self) -> AbstractContextManager[None]:
-        """Return the context in which the model draws completions, or runs without gradient in any number of passes.
-
-        A collective under sharding; every rank enters it equally often.
-        """
-        if self.sharding is None or self.model is None:
-            return nullcontext()
-        return self.sharding.generating(self.model)
-
-    def on_validation_start(self) -> None:
-        """Give validation random numbers of its own, and each rank the whole model if the strategy does so."""
-        super().on_validation_start()
-        if self.sharding is not None and not self.sharding.whole_for_generation:
-            loop: Any = self.trainer._active_loop
-            if len(set(gathered(tuple(loop.max_batches)))) > 1:
-                raise ValueError(
-                    "whole_for_generation: false needs as many batches of validation on every rank. Set "
-                    "data.val_batch_size to 2 or more, and have at least as many rows as ranks."
-                )
-        self._evaluation = ExitStack()
-        self._evaluation.enter_context(self.generating())
-
-    def on_validation_end(self) -> None:
-        """Undo `on_validation_start`."""
-        self._evaluation.close()
-        super().on_validation_end()
-
-    def on_test_start(self) -> None:
-        """Do what validation does."""
-        self.on_validation_start()
-
-    def on_test_end(self) -> None:
-        """Do what validation does."""
-        self.on_validation_end()
-
-    def on_predict_start(self) -> None:
-        """Do what validation does."""
-        self.on_validation_start()
-
-    def on_predict_end(self) -> None:
-        """Do what validation does."""
-        self.on_validation_end()
 
     def check_source(self) -> None:
         """Check that the model source is usable, without loading it.
@@ -361,21 +308,6 @@ class CausalLMModule(AdapterCheckpoints, EvaluationMeans):
     def load_counters(self, counters: Mapping[str, int]) -> None:
         """Continue the running counts."""
         self.nonfinite_updates = counters.get("nonfinite_updates", 0)
-
-    def in_step(self, items: Sequence[T], filler: Callable[[], T]) -> list[T]:
-        """Make ranks run a sharded model equally often: each forward and backward pass is a collective there.
-
-        Args:
-            items: What this rank has passes for.
-            filler: Makes an item that counts nothing, for ranks that have fewer.
-
-        Returns:
-            As many items on every rank of a sharded model; else the items as they are.
-        """
-        if self.sharding is None or self.model is None or is_whole(self.model):
-            return list(items)
-        missing = largest(self.sharding, len(items)) - len(items)
-        return [*items, *(filler() for _ in range(missing))]
 
     def clip_gradients_in_place(self) -> Tensor:
         """Scale the gradients of an update down to `gradient_clip_val`.

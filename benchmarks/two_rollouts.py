@@ -1,6 +1,7 @@
 """Compares group sizes on a small model trained here: equal rollouts, equal prompts, equal time, five seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/two_rollouts.py --out docs/results/two_rollouts.jsonl
+    OMP_NUM_THREADS=1 python benchmarks/two_rollouts.py --out docs/results/two_rollouts.jsonl --timing
     python benchmarks/two_rollouts.py --out docs/results/two_rollouts.jsonl --report docs/results/two_rollouts.md
 
 A Llama of 0.1 million parameters first learns to add two numbers below 50 from answers of which many are wrong, more
@@ -8,7 +9,8 @@ for some prompts than for others: it then answers right with a probability betwe
 GRPO shall make it answer right always. An update has 128 rollouts, from 8 prompts x 16 to 64 x 2; clip 0.2/0.28,
 population std and ten warm-up updates, as in arXiv 2510.00977. Each group size is first tried with four learning rates
 (half the updates, a seed of its own); the best at equal rollouts counts. A run that is in the file already is not
-repeated, so an interrupted study goes on; two processes may share the work with --seeds.
+repeated, so an interrupted study goes on; several processes may share the work with --seeds. Time is therefore measured
+apart (--timing): one run of each group size, one after the other, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 OPERAND, HELD_OUT, ROLLOUTS, UPDATES, EVERY = 50, 250, 128, 384, 8
-RATES, GRID_SEED = (2.0e-4, 4.0e-4, 8.0e-4, 1.6e-3), 0
+RATES, GRID_SEED, TIMING_SEED = (2.0e-4, 4.0e-4, 8.0e-4, 1.6e-3), 0, -1
 SEEDS = (1, 2, 3, 4, 5)
 # Name: group size, and live groups of an update where dead ones are replaced.
 ARMS: dict[str, tuple[int, int | None]] = {
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--timing", action="store_true", help="run each arm once more, for its seconds")
     options = parser.parse_args()
     if options.report is not None:
         from two_rollouts_report import write_report
@@ -64,6 +67,11 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not BASE.exists():
         make_base()
+    if options.timing:
+        best = best_rates(read(options.out))
+        for arm in options.arms:
+            run((arm, TIMING_SEED, best[arm], UPDATES), options.out)
+        return
     trials = [(arm, GRID_SEED, lr, UPDATES // 2) for arm in options.arms for lr in RATES]
     for cell in trials:
         run(cell, options.out)
@@ -216,7 +224,7 @@ def train(arm: str, seed: int, lr: float, updates: int) -> dict:
 
     group_size, live = ARMS[arm]
     matched = match_compute(ROLLOUTS // 16, 16, lr, to=group_size)
-    lightning.seed_everything(seed, verbose=False)
+    lightning.seed_everything(max(seed, 0), verbose=False)
     module = GRPOModule(
         model=str(BASE),
         rewards=[NumericAnswer()],
@@ -230,7 +238,7 @@ def train(arm: str, seed: int, lr: float, updates: int) -> dict:
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
         num_val_generations=8,
     )
-    data = Additions(batch_size=matched.prompts, val_batch_size=HELD_OUT, seed=seed)
+    data = Additions(batch_size=matched.prompts, val_batch_size=HELD_OUT, seed=max(seed, 0))
     curve = Curve()
     trainer = lightning.Trainer(
         accelerator="cpu",

@@ -37,7 +37,12 @@ def at(curve: list[list[float]], axis: str, where: float, column: int = 4) -> fl
 def write_report(records: list[dict], page: Path) -> None:
     """Write the page and, beside it, the figure."""
     trials = [one for one in records if one["seed"] == 0]
+    timed = {one["arm"]: one["curve"] for one in records if one["seed"] < 0}
     runs = {arm: [one for one in records if one["arm"] == arm and one["seed"] > 0] for arm in ORDER}
+    for arm in ORDER:
+        for one in runs[arm]:  # time of an update as in the run that had the machine for itself
+            for point in one["curve"]:
+                point[3] = at(timed[arm], "updates", point[0], 3)
     rollouts = min(one["curve"][-1][2] for one in runs["16"])
     prompts = min(one["curve"][-1][1] for one in runs["16"])
     seconds = min(statistics.fmean(one["curve"][-1][3] for one in runs[arm]) for arm in ORDER)
@@ -49,10 +54,11 @@ def write_report(records: list[dict], page: Path) -> None:
         f"{first['curve'][0][4]:.1%} of its samples (mean@8 on 250 prompts that no run trains on). An update has 128",
         f"rollouts. {len(runs['16'])} seeds; intervals are 95%, Student's t over seeds. The task and the method are",
         "described in `benchmarks/two_rollouts.py`; records with versions, seeds and machine are in",
-        "`docs/results/two_rollouts.jsonl`. Two processes ran side by side with one thread each, so seconds compare",
-        "within this table only.",
+        "`docs/results/two_rollouts.jsonl`. Seconds are those of training, without measuring, in a run of each group",
+        "size that had the machine for itself (one thread).",
         "",
         f"    OMP_NUM_THREADS=1 {COMMAND}",
+        f"    OMP_NUM_THREADS=1 {COMMAND} --timing",
         f"    {COMMAND} --report docs/results/two_rollouts.md",
         "",
         "![Learning curves](../images/two_rollouts.png)",

@@ -40,7 +40,7 @@ def write_report(records: list[dict], page: Path) -> None:
     timed = {one["arm"]: one["curve"] for one in records if one["seed"] < 0}
     runs = {arm: [one for one in records if one["arm"] == arm and one["seed"] > 0] for arm in ORDER}
     for arm in ORDER:
-        for one in runs[arm]:  # time of an update as in the run that had the machine for itself
+        for one in runs[arm]:  # time of an update as in the run in which it was measured
             for point in one["curve"]:
                 point[3] = at(timed[arm], "updates", point[0], 3)
     rollouts = min(one["curve"][-1][2] for one in runs["16"])
@@ -54,8 +54,8 @@ def write_report(records: list[dict], page: Path) -> None:
         f"{first['curve'][0][4]:.1%} of its samples (mean@8 on 250 prompts that no run trains on). An update has 128",
         f"rollouts. {len(runs['16'])} seeds; intervals are 95%, Student's t over seeds. The task and the method are",
         "described in `benchmarks/two_rollouts.py`; records with versions, seeds and machine are in",
-        "`docs/results/two_rollouts.jsonl`. Seconds are those of training, without measuring, in a run of each group",
-        "size that had the machine for itself (one thread).",
+        "`docs/results/two_rollouts.jsonl`. Seconds are processor time of training, without evaluation, in one run",
+        "of each group size with one thread.",
         "",
         f"    OMP_NUM_THREADS=1 {COMMAND}",
         f"    OMP_NUM_THREADS=1 {COMMAND} --timing",

@@ -9,8 +9,8 @@ for some prompts than for others: it then answers right with a probability betwe
 GRPO shall make it answer right always. An update has 128 rollouts, from 8 prompts x 16 to 64 x 2; clip 0.2/0.28,
 population std and ten warm-up updates, as in arXiv 2510.00977. Each group size is first tried with four learning rates
 (half the updates, a seed of its own); the best at equal rollouts counts. A run that is in the file already is not
-repeated, so an interrupted study goes on; several processes may share the work with --seeds. Time is measured apart
-(--timing), in one run of each group size: the processor time of its one thread, which others on the machine hardly move.
+repeated, so an interrupted study goes on; processes may share the work with --seeds. Time is measured apart (--timing),
+in one run of each group size: the processor time of its one thread, which others on the machine hardly move.
 """
 
 from __future__ import annotations

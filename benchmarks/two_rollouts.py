@@ -1,15 +1,14 @@
-"""Compares group sizes on a small model trained here: equal rollouts, equal prompts, equal time, five seeds.
+r"""Compares group sizes on a small model trained here: equal rollouts, equal prompts, equal time, five seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/two_rollouts.py --out docs/results/two_rollouts.jsonl
-    OMP_NUM_THREADS=1 python benchmarks/two_rollouts.py --out docs/results/two_rollouts.jsonl --timing
-    python benchmarks/two_rollouts.py --out docs/results/two_rollouts.jsonl --report docs/results/two_rollouts.md
+    OMP_NUM_THREADS=1 python benchmarks/two_rollouts.py --out docs/results/two_rollouts.jsonl \
+        --report docs/results/two_rollouts.md
 
 A Llama of 0.1 million parameters first learns to add two numbers below 50 from answers of which many are wrong, more
 for some prompts than for others: it then answers right with a probability between about 0.03 and 0.8, by prompt.
 GRPO shall make it answer right always. An update has 128 rollouts, from 8 prompts x 16 to 64 x 2; clip 0.2/0.28,
 population std and ten warm-up updates, as in arXiv 2510.00977. Each group size is first tried with four learning rates
 (half the updates, a seed of its own); the best at equal rollouts counts. A run that is in the file already is not
-repeated, so an interrupted study goes on; processes may share the work with --seeds. Time is measured apart (--timing),
+repeated, so an interrupted study goes on; processes may share the work with --arms and --seeds. Time is measured last,
 in one run of each group size: the processor time of its one thread, which others on the machine hardly move.
 """
 
@@ -55,23 +54,12 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--timing", action="store_true", help="run each arm once more, for its seconds")
     options = parser.parse_args()
-    if options.report is not None:
-        from two_rollouts_report import write_report
-
-        write_report(read(options.out), options.report)
-        return
     warnings.filterwarnings("ignore")
     for name in ("lightning", "lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not BASE.exists():
         make_base()
-    if options.timing:
-        best = best_rates(read(options.out))
-        for arm in options.arms:
-            run((arm, TIMING_SEED, best[arm], UPDATES), options.out)
-        return
     trials = [(arm, GRID_SEED, lr, UPDATES // 2) for arm in options.arms for lr in RATES]
     for cell in trials:
         run(cell, options.out)
@@ -79,6 +67,12 @@ def main() -> None:
     for seed in options.seeds:
         for arm in options.arms:
             run((arm, seed, best[arm], UPDATES), options.out)
+    if options.report is not None:
+        from two_rollouts_report import write_report
+
+        for arm in options.arms:
+            run((arm, TIMING_SEED, best[arm], UPDATES), options.out)
+        write_report(read(options.out), options.report)
 
 
 def read(path: Path) -> list[dict]:

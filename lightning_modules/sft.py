@@ -208,7 +208,10 @@ class SFTModule(CausalLMModule):
         ids = self.encode_prompts([batch.prompts[row] for row in rows], room=self.sampling.max_new_tokens)
         with self.generating():
             completions = self.sampler.generate(
-                ids, self.sampling, lambda drawn: self.route(batch, [rows[position] for position in drawn])
+                ids,
+                self.sampling,
+                lambda drawn: self.route(batch, [rows[position] for position in drawn]),
+                groups=rows,
             )
         return [text.strip() for text in completions.texts]
 

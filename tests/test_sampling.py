@@ -204,11 +204,42 @@ def test_the_seed_decides(model, tiny_model, prompts):
         ({"top_k": -1}, "top_k=-1: must not be negative; 0 keeps"),
         ({"min_p": 1.0}, r"min_p=1.0: must lie in \[0, 1\)"),
         ({"min_p": -0.1}, "min_p=-0.1"),
+        (
+            {"repetition_penalty": 0.0},
+            "repetition_penalty=0.0: must be positive and finite; 1 changes nothing",
+        ),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
+        ({"stop": ["a", ""]}, r"stop=\['a', ''\]: every entry must be a string that is not empty"),
+        ({"stop": "end"}, r"stop='end': give a list of strings, such as \['end'\]"),
     ],
 )
 def test_refuses_settings_that_mean_nothing(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_settings_stay_hashable_with_a_list_of_stop_strings():
+    stop = ["a", "b"]
+    sampling = Sampling(stop=stop)
+    stop.append("c")
+    assert sampling == Sampling(stop=("a", "b"))
+    assert hash(sampling) == hash(Sampling(stop=("a", "b")))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_penalty_counts_prompt_and_completion_but_no_padding(model, tiny_model, prompts, temperature):
+    sampling = Sampling(max_new_tokens=6, temperature=temperature, repetition_penalty=1.8)
+    got = bound(model, tiny_model).generate(prompts * 3, sampling)
+    assert "stop" in got.finish  # the end token is the padding too
+    for prompt, ids, logprobs in zip(prompts * 3, got.token_ids, got.logprobs, strict=True):
+        for t, token in enumerate(ids):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + ids[:t]])).logits[0, -1]
+            for seen in {*prompt, *ids[:t]}:
+                logits[seen] = logits[seen] / 1.8 if logits[seen] > 0 else logits[seen] * 1.8
+            logits = logits / (temperature or 1.0)
+            assert temperature or token == int(logits.argmax())
+            assert logprobs[t] == pytest.approx(logits.log_softmax(-1)[token].item(), abs=2e-4)
 
 
 def test_refuses_no_rows():

@@ -179,6 +179,7 @@ class GRPOModule(RolloutSteps):
                 sampling,
                 lambda rows: self.route(batch, [row // num_generations for row in rows]),
                 seeds=self.draw_seeds(batch.uids, num_generations),
+                groups=[row // num_generations for row in range(len(prompt_ids))],
             )
         return Rollout(
             batch=repeat_rows(batch, num_generations),

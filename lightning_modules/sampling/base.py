@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ class Sampling:
         top_p: Keep the most likely tokens up to this probability mass. 1 keeps all.
         top_k: Keep this many tokens. 0 keeps all.
         min_p: Keep tokens at least this likely relative to the most likely one. 0 keeps all.
+        repetition_penalty: Positive logits of tokens that the prompt or the completion holds already are divided
+            by it, negative ones multiplied. 1 leaves them. It changes greedy decoding too.
+        stop: Strings that end a completion once its text, which special tokens are no part of, contains one. The
+            completion keeps the token that completed the string, and nothing is cut from it.
     """
 
     max_new_tokens: int = 256
@@ -31,8 +36,14 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        # YAML gives a list; a tuple keeps the frozen settings hashable.
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop={self.stop!r}: give a list of strings, such as [{self.stop!r}].")
+        object.__setattr__(self, "stop", tuple(self.stop))
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1 token must be generated.")
         if self.temperature < 0:
@@ -45,6 +56,15 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k}: must not be negative; 0 keeps every token.")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p={self.min_p}: must lie in [0, 1); 0 keeps every token.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty}: must be positive and finite; 1 changes nothing."
+            )
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(
+                f"stop={list(self.stop)}: every entry must be a string that is not empty, for the empty one ends "
+                "every completion. Remove the others."
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,29 @@ class Completions:
     logprobs: list[list[float]]
 
 
+class StopStrings:
+    """Finds out whether the newest token of a completion completed a string that ends it.
+
+    Args:
+        tokenizer: Turns ids into text.
+        stop: The strings.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # A token with text has at least one byte. The extra ones may be what is left of a character at the border.
+        self.window = max((len(text.encode()) for text in stop), default=0) + 4
+
+    def completed(self, tails: list[list[int]]) -> list[bool]:
+        """Return for each row whether its text contains one of the strings.
+
+        Args:
+            tails: The newest `window` ids of each completion (B rows), or all of them.
+        """
+        texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
+        return [any(text in found for text in self._stop) for found in texts]
+
+
 class Sampler(ABC):
     """Generates completions of token prompts with the current policy."""
 
@@ -79,6 +122,7 @@ class Sampler(ABC):
         sampling: Sampling,
         announce: Announce | None = None,
         seeds: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> Completions:
         """Draw one completion per row.
 
@@ -89,6 +133,9 @@ class Sampler(ABC):
                 whenever these change; adapters that treat rows differently need it.
             seeds: One for each row: what a row draws then depends on nothing but its prompt, the policy and its
                 seed, whichever rows are drawn with it. None draws from torch's generator.
+            groups: A number for each row. Rows of equal ids are one prompt to the model, and may share one pass over
+                it, only if their numbers are equal too; None says that ids decide. Give it where an adapter treats
+                rows of equal ids differently, for example by their tasks.
 
         Returns:
             One completion per row, in order.

@@ -13,12 +13,23 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from lightning_modules.sampling.base import Announce, Completions, FinishReason, Sampler, Sampling
+from lightning_modules.sampling.base import (
+    Announce,
+    Completions,
+    FinishReason,
+    Sampler,
+    Sampling,
+    StopStrings,
+)
+from lightning_modules.sampling.filters import draw_by, own_uniforms
 from lightning_modules.sharding import is_whole
 
 
@@ -56,16 +67,29 @@ class _SeededDraw(LogitsProcessor):  # type: ignore[misc]
     """
 
     def __init__(self, seeds: Sequence[int], num_tokens: int) -> None:
-        draws = [torch.rand(num_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        self._uniform_TB = torch.stack(draws, dim=1).double()
+        self._uniform_TB = own_uniforms(seeds, num_tokens)
         self._token = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulated_BV = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
-        target_B1 = self._uniform_TB[self._token, :, None].to(scores.device) * cumulated_BV[:, -1:]
+        drawn_B = draw_by(scores, self._uniform_TB[self._token])
         self._token += 1
-        drawn_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn_B1, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn_B[:, None], 0.0)
+
+
+class _StopCriterion(StoppingCriteria):  # type: ignore[misc]
+    """Ends rows whose text contains a stop string, and remembers after how many tokens."""
+
+    def __init__(self, strings: StopStrings, width: int, num_rows: int) -> None:
+        self._strings, self._width = strings, width
+        self.lengths: list[int | None] = [None] * num_rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        new_BT = input_ids[:, self._width :]
+        completed = self._strings.completed(new_BT[:, -self._strings.window :].tolist())
+        for row, done in enumerate(completed):
+            if done and self.lengths[row] is None:
+                self.lengths[row] = new_BT.shape[1]
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
 class GenerateSampler(Sampler):
@@ -91,10 +115,11 @@ class GenerateSampler(Sampler):
         sampling: Sampling,
         announce: Announce | None = None,
         seeds: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> Completions:
         """Draw one completion per row with the model in evaluation mode."""
-        ends = self._end_tokens()
-        with _sampling_state(self._model):
+        ends = end_tokens(self._model, self._tokenizer)
+        with sampling_state(self._model):
             parts = []
             for start in range(0, len(prompts), self.max_rows):
                 rows = range(start, min(start + self.max_rows, len(prompts)))
@@ -125,7 +150,9 @@ class GenerateSampler(Sampler):
             [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device
         )
         recorder = _Recorder()
-        processors = [*_warpers(sampling), recorder]
+        stopper = _StopCriterion(StopStrings(self._tokenizer, sampling.stop), width, len(prompts))
+        padding_B = torch.tensor([width - len(ids) for ids in prompts])
+        processors = [*_warpers(sampling, padding_B), recorder]
         if seeds is not None and sampling.temperature > 0:
             processors.append(_SeededDraw(seeds, sampling.max_new_tokens))
         draws_itself = seeds is None and sampling.temperature > 0
@@ -143,11 +170,12 @@ class GenerateSampler(Sampler):
                 pad_token_id=pad,
             ),
             logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList([stopper] if sampling.stop else []),
             # By itself transformers keeps ranks of a sharded model in step, also where each has all of it.
             synced_gpus=not is_whole(self._model),
         )
         recorder.observe(output)
-        token_ids, finish = _until_end(output[:, width:].tolist(), ends)
+        token_ids, finish = _until_end(output[:, width:].tolist(), ends, stopper.lengths)
         logprobs = [row[: len(ids)] for row, ids in zip(recorder.logprobs().tolist(), token_ids, strict=True)]
         return Completions(
             token_ids=token_ids,
@@ -156,15 +184,16 @@ class GenerateSampler(Sampler):
             logprobs=logprobs,
         )
 
-    def _end_tokens(self) -> list[int]:
-        """The ids that end a completion: the tokenizer's, and those of the model's generation config."""
-        configured = self._model.generation_config.eos_token_id  # type: ignore[union-attr]
-        more = configured if isinstance(configured, list) else [configured]
-        return sorted({i for i in (self._tokenizer.eos_token_id, *more) if i is not None})
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Return the ids that end a completion: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    more = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (tokenizer.eos_token_id, *more) if i is not None})
 
 
 @contextmanager
-def _sampling_state(model: nn.Module) -> Iterator[None]:
+def sampling_state(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, without the generation settings that it came with.
 
     `generate` fills in whatever a caller leaves open (`top_k`, `repetition_penalty`, ...) from those, and
@@ -185,8 +214,13 @@ def _sampling_state(model: nn.Module) -> Iterator[None]:
                 module.generation_config = settings[module]
 
 
-def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+def _warpers(sampling: Sampling, padding_B: Tensor) -> list[LogitsProcessor]:
     warpers: list[LogitsProcessor] = []
+    if sampling.repetition_penalty != 1:
+        # The padding is no token of the prompt: without its length, the padding id would be penalised.
+        warpers.append(
+            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, prompt_ignore_length=padding_B)
+        )
     if sampling.temperature not in (0.0, 1.0):
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
@@ -198,12 +232,15 @@ def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
     return warpers
 
 
-def _until_end(rows: list[list[int]], ends: list[int]) -> tuple[list[list[int]], list[FinishReason]]:
-    """Cut each row after its first end token; a row without one was stopped by the length limit."""
+def _until_end(
+    rows: list[list[int]], ends: list[int], stopped: list[int | None]
+) -> tuple[list[list[int]], list[FinishReason]]:
+    """Cut each row after its first end token or stop string; the length limit stopped a row without one."""
     cut: list[list[int]] = []
     finish: list[FinishReason] = []
-    for row in rows:
-        end = next((position for position, token in enumerate(row) if token in ends), None)
-        cut.append(row if end is None else row[: end + 1])
-        finish.append("length" if end is None else "stop")
+    for row, length in zip(rows, stopped, strict=True):
+        end = next((position + 1 for position, token in enumerate(row) if token in ends), None)
+        length = min((n for n in (end, length) if n is not None), default=None)
+        cut.append(row[:length])
+        finish.append("length" if length is None else "stop")
     return cut, finish

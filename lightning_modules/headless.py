@@ -1,0 +1,187 @@
+"""Hidden states of any causal language model of transformers, as its head would get them, and what they score.
+
+Shapes: b rows, P prompt tokens, T completion tokens, S tokens of a pass, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_modules.head import scored_logprobs
+
+
+def chunked_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_completion_tokens: int,
+    *,
+    temperature: float,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and entropies of completions in whole rows, by the chunked head. See `can_chunk`.
+
+    Args:
+        model: As in `shared_logprobs`.
+        input_ids: (b, P+T), prompts padded on the left, completions on the right.
+        attention_mask: 1 on real tokens (b, P+T).
+        num_completion_tokens: T.
+        temperature: As in `shared_logprobs`.
+        entropy_gradient: Whether the entropy carries a gradient.
+
+    Returns:
+        Nats, float32, 0 on padding (b, T) each.
+    """
+    T = num_completion_tokens
+    hidden_bTH = without_head(model, input_ids, attention_mask, logits_to_keep=T + 1).logits[:, :-1]
+    return scored(model, hidden_bTH, input_ids[:, -T:], attention_mask[:, -T:], temperature, entropy_gradient)
+
+
+def can_chunk(model: nn.Module) -> str | None:
+    """Return why `chunked_logprobs` would be wrong or impossible for a model; None if it would not.
+
+    Runs a few tokens through the model, a collective under sharding. An adapter that routes rows must have heard of
+    one row.
+
+    Args:
+        model: What is to be called.
+    """
+    base = base_of(model)
+    if base is None:
+        return "there is no transformers model in it"
+    if base.config.is_encoder_decoder:
+        return "prompts go through an encoder"
+    head: Any = base.get_output_embeddings()
+    # By the forward function: adapters replace the layer, or its forward.
+    if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        return f"its head ({type(head).__name__}) is more than a plain linear layer"
+    seen: list[Tensor] = []
+    hook = head.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    try:
+        with evaluating(model):
+            logits = without_head(model, *few_tokens(base)).logits
+    finally:
+        hook.remove()
+    if len(seen) != 1 or not torch.equal(logits.float(), seen[0].float()):
+        return "it changes logits after the head, by a scale, a soft cap or the like"
+    return None
+
+
+# ---------------------------------------------------------------------- parts of these, and of shared prefixes
+
+
+def base_of(model: nn.Module) -> PreTrainedModel | None:
+    """Return the transformers model in what is called, adapters inside it or not; None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def without_head(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    logits_to_keep: int = 0,
+    cache: Any = None,
+    use_cache: bool = False,
+) -> Any:
+    """Call a model whose head passes hidden states on, so that they come back as `logits`.
+
+    The model is called from outside, as always, so that hooks on it fire: those that gather shards, or write a sparse
+    adapter. What it returns is still what carries the gradient.
+
+    Args:
+        model: What is to be called.
+        ids: (b, S).
+        mask: 1 on real tokens, those in the cache too: (b, S) or longer.
+        logits_to_keep: How many positions, the last ones, are returned; 0 for all.
+        cache: What came before, if anything.
+        use_cache: Whether a cache is used and returned.
+
+    Returns:
+        The output of the transformers model.
+    """
+    base = base_of(model)
+    assert base is not None
+    head: Any = base.get_output_embeddings()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    vars(head)["forward"] = _same
+    try:
+        return model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+    finally:
+        del vars(head)["forward"]
+
+
+def _same(hidden: Tensor) -> Tensor:
+    return hidden.clone()  # FSDP2 warns of outputs that are views
+
+
+def scored(
+    model: nn.Module,
+    hidden_bTH: Tensor,
+    ids_bT: Tensor,
+    mask_bT: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Put hidden states through the chunked head where the mask is 1, after a pass of the model.
+
+    Args:
+        model: What was called.
+        hidden_bTH: What predicts each token.
+        ids_bT: The tokens.
+        mask_bT: 1 on those that are scored.
+        temperature: As in `scored_logprobs`.
+        entropy_gradient: Likewise.
+
+    Returns:
+        Log-probabilities and entropies, nats, float32, 0 elsewhere (b, T) each.
+    """
+    base = base_of(model)
+    assert base is not None
+    head: Any = base.get_output_embeddings()
+    real_N = mask_bT.flatten().nonzero()[:, 0]
+    logprobs_N, entropy_N = scored_logprobs(
+        # Mixed precision of a sharded model may turn outputs into float32.
+        hidden_bTH.flatten(0, 1).index_select(0, real_N).to(head.weight.dtype),
+        head.weight,
+        head.bias,
+        ids_bT.flatten()[real_N],
+        temperature=temperature,
+        entropy_gradient=entropy_gradient,
+    )
+    zeros = logprobs_N.new_zeros(mask_bT.numel())
+    logprobs, entropy = (zeros.index_put((real_N,), one) for one in (logprobs_N, entropy_N))
+    return logprobs.view(mask_bT.shape), entropy.view(mask_bT.shape)
+
+
+def few_tokens(base: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Return ids and mask to try a model with (1, 6) each."""
+    vocabulary = base.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(1, 7, device=base.device)[None] % vocabulary
+    return ids, torch.ones_like(ids)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and gradients off for a while."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,151 @@
+"""The rows that are decoded together, and their cache: rows leave, and others join.
+
+Shapes: B rows, S cached positions, V vocabulary. All rows end at the same column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_ROOM = 64
+
+
+class RowCache(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer (B, heads, S, width), with room for more.
+
+    The layer of transformers copies everything for every token. This one copies everything when the room is full.
+    """
+
+    keys: Tensor  # of all positions so far: the front part of the rooms
+    values: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._rooms: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append positions and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self._rooms or self._rooms[0].shape[-2] < end:
+            self._rooms = [
+                new.new_empty(*new.shape[:-2], end + _ROOM, new.shape[-1])
+                for new in (key_states, value_states)
+            ]
+            if start:
+                self._rooms[0][..., :start, :] = self.keys
+                self._rooms[1][..., :start, :] = self.values
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.select(indices, 0)
+
+    def select(self, indices: Tensor, first: int) -> None:
+        """Keep these rows, from column `first` on."""
+        self._rooms = []
+        self.keys = self.keys[..., first:, :][indices]
+        self.values = self.values[..., first:, :][indices]
+
+    def join(self, other: RowCache) -> None:
+        """Add the rows of another one, with zeros on the left of the shorter one."""
+        self._rooms = []
+        width = max(self.keys.shape[-2], other.keys.shape[-2])
+        self.keys = torch.cat([_widen(self.keys, width), _widen(other.keys, width)])
+        self.values = torch.cat([_widen(self.values, width), _widen(other.values, width)])
+
+
+def _widen(states: Tensor, width: int) -> Tensor:
+    return functional.pad(states, (0, 0, width - states.shape[-2], 0))
+
+
+class RowBatch:
+    """Rows that are decoded together.
+
+    Args:
+        rows: Their numbers (B).
+        cache: With layers of the kind `RowCache`.
+        width: Cached positions, S.
+        pads_B: Padding of each row, int64.
+        room: Positions that may be appended before rows change.
+        seen_BV: Tokens that each row holds, where somebody wants to know.
+        done_B: Rows that ended; by default none.
+    """
+
+    def __init__(
+        self,
+        rows: list[int],
+        cache: DynamicCache,
+        width: int,
+        pads_B: Tensor,
+        room: int,
+        seen_BV: Tensor | None = None,
+        done_B: Tensor | None = None,
+    ) -> None:
+        self.rows, self.cache, self.width, self.pads_B, self.room = rows, cache, width, pads_B, room
+        self.seen_BV = seen_BV
+        self.rows_B = torch.tensor(rows, device=pads_B.device)
+        self.done_B = torch.zeros_like(pads_B, dtype=torch.bool) if done_B is None else done_B
+        self._mask_BS: Tensor | None = None
+        if bool(pads_B.any()):  # else attention is faster without one
+            columns_S = torch.arange(width + room, device=pads_B.device)
+            self._mask_BS = (columns_S >= pads_B[:, None]).long()
+
+    def next_mask(self) -> Tensor | None:
+        """Count one more position, and return the mask of all (B, S); None where no row is padded."""
+        self.width += 1
+        return None if self._mask_BS is None else self._mask_BS[:, : self.width]
+
+    def keep_live(self) -> RowBatch | None:
+        """Return the rows that have not ended, without columns that are padding in all of them; None if all ended.
+
+        Uses up this batch and its cache.
+        """
+        index_K = (~self.done_B).nonzero()[:, 0]
+        index = index_K.tolist()
+        if len(index) == len(self.rows):
+            return self
+        if not index:
+            return None
+        first = int(self.pads_B[index_K].min())
+        for layer in self.cache.layers:
+            layer.select(index_K, first)
+        return RowBatch(
+            [self.rows[position] for position in index],
+            self.cache,
+            self.width - first,
+            self.pads_B[index_K] - first,
+            self.room,
+            None if self.seen_BV is None else self.seen_BV[index_K],
+        )
+
+    def join(self, other: RowBatch) -> RowBatch:
+        """Return the rows of both. Uses up both batches and their caches."""
+        width = max(self.width, other.width)
+        for own, more in zip(self.cache.layers, other.cache.layers, strict=True):
+            own.join(more)
+        seen_BV = None
+        if self.seen_BV is not None and other.seen_BV is not None:
+            seen_BV = torch.cat([self.seen_BV, other.seen_BV])
+        return RowBatch(
+            self.rows + other.rows,
+            self.cache,
+            width,
+            torch.cat([self.pads_B + width - self.width, other.pads_B + width - other.width]),
+            self.room,
+            seen_BV,
+            torch.cat([self.done_B, other.done_B]),
+        )

@@ -1,0 +1,162 @@
+"""What one call of the native sampler draws: prompts read once, a token for each row of a batch at a time.
+
+Shapes: N rows of the call, B rows decoded now, D distinct prompts, S cached positions, T `max_new_tokens`, V
+vocabulary. Cached rows end at the same column, so a row with less text has padding on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lightning_modules.sampling.base import Completions, FinishReason, Sampling, StopStrings
+from lightning_modules.sampling.batch import RowBatch, RowCache
+from lightning_modules.sampling.filters import draw_by, own_uniforms, sampling_scores
+
+
+class Decoding:
+    """What one call of `generate` has drawn so far, and how it draws.
+
+    Columns beyond a row's length hold what was drawn while it waited to leave.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None,
+        ends: list[int],
+    ) -> None:
+        self._model, self._prompts, self._sampling = model, prompts, sampling
+        device = next(model.parameters()).device
+        self.limit = sampling.max_new_tokens
+        self.widths = [len(ids) for ids in prompts]
+        self._ends = torch.tensor(ends, dtype=torch.long, device=device)
+        shape = (len(prompts), self.limit + 1)
+        self._token_NT = torch.zeros(shape, dtype=torch.long, device=device)
+        self._logprob_NT = torch.zeros(shape, device=device)
+        self._length_N = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        self._width_N = torch.tensor(self.widths, dtype=torch.long, device=device)
+        self._stopped_N = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self._strings = StopStrings(tokenizer, sampling.stop)
+        self._uniform_TN: Tensor | None = None
+        if seeds and sampling.temperature > 0:
+            self._uniform_TN = own_uniforms(seeds, self.limit).to(device)
+
+    def prefill(self, leaders: Sequence[int], rows: list[int], members: list[int]) -> RowBatch:
+        """Read prompts, and draw the first token of their rows.
+
+        Args:
+            leaders: A row of each distinct prompt (D).
+            rows: All rows of these prompts that are drawn now (B).
+            members: Position of each row's prompt in `leaders` (B).
+        """
+        device = self._token_NT.device
+        width = max(self.widths[row] for row in leaders)
+        padded = [[0] * (width - self.widths[row]) + self._prompts[row] for row in leaders]
+        ids_DS = torch.tensor(padded, device=device)
+        pads_D = width - self._width_N[torch.tensor(leaders, device=device)]
+        columns_S = torch.arange(width, device=device)
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = RowCache
+        logits_DV = self._forward(
+            ids_DS,
+            (columns_S >= pads_D[:, None]).long() if bool(pads_D.any()) else None,
+            (columns_S - pads_D[:, None]).clamp(min=0),
+            cache,
+        )
+        members_B = torch.tensor(members, device=device)
+        if len(leaders) < len(rows):
+            cache.batch_select_indices(members_B)
+        seen_BV = None
+        if self._sampling.repetition_penalty != 1:
+            seen_DV = torch.zeros_like(logits_DV, dtype=torch.bool)
+            for seen_V, row in zip(seen_DV, leaders, strict=True):
+                seen_V[torch.tensor(self._prompts[row], device=device)] = True
+            seen_BV = seen_DV[members_B]
+        batch = RowBatch(rows, cache, width, pads_D[members_B], self.limit, seen_BV)
+        self._draw(batch, logits_DV[members_B])
+        return batch
+
+    def step(self, batch: RowBatch) -> None:
+        """Draw the next token of each row of a batch."""
+        rows_B = batch.rows_B
+        length_B = self._length_N[rows_B]
+        logits_BV = self._forward(
+            self._token_NT[rows_B, length_B - 1][:, None],
+            batch.next_mask(),
+            (self._width_N[rows_B] + length_B - 1)[:, None],
+            batch.cache,
+        )
+        self._draw(batch, logits_BV)
+
+    def _forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV: Tensor = output.logits[:, -1].float()
+        return logits_BV
+
+    def _draw(self, batch: RowBatch, logits_BV: Tensor) -> None:
+        """Draw a token of each row, and end rows. What ended rows draw is written behind their last token."""
+        rows_B = batch.rows_B
+        length_B = self._length_N[rows_B]
+        scores_BV = sampling_scores(logits_BV, self._sampling, batch.seen_BV)
+        if self._sampling.temperature == 0:
+            token_B = scores_BV.argmax(-1)
+        elif self._uniform_TN is not None:
+            token_B = draw_by(scores_BV, self._uniform_TN[length_B.clamp(max=self.limit - 1), rows_B])
+        else:
+            token_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0]
+        chosen_B = scores_BV.gather(1, token_B[:, None])[:, 0]
+        self._token_NT[rows_B, length_B] = token_B
+        self._logprob_NT[rows_B, length_B] = chosen_B - scores_BV.logsumexp(-1)
+        if batch.seen_BV is not None:
+            batch.seen_BV.scatter_(1, token_B[:, None], True)
+        live_B = ~batch.done_B
+        length_B = length_B + live_B
+        self._length_N[rows_B] = length_B
+        stopped_B = torch.isin(token_B, self._ends)
+        if self._sampling.stop:
+            stopped_B |= self._completed(batch.rows, length_B)
+        self._stopped_N[rows_B] |= stopped_B & live_B
+        batch.done_B |= stopped_B | (length_B == self.limit)
+
+    def _completed(self, rows: list[int], length_B: Tensor) -> Tensor:
+        tails = [
+            self._token_NT[row, max(0, length - self._strings.window) : length].tolist()
+            for row, length in zip(rows, length_B.tolist(), strict=True)
+        ]
+        return torch.tensor(self._strings.completed(tails), device=length_B.device)
+
+    def completions(self, tokenizer: Any) -> Completions:
+        """Return what was drawn.
+
+        Raises:
+            ValueError: If a log-probability is not a number.
+        """
+        lengths = self._length_N.tolist()
+        token_ids = [ids[:n] for ids, n in zip(self._token_NT.tolist(), lengths, strict=True)]
+        logprobs = [values[:n] for values, n in zip(self._logprob_NT.tolist(), lengths, strict=True)]
+        for row, values in enumerate(logprobs):
+            if any(value != value for value in values):
+                raise ValueError(
+                    f"The model's logits for prompts[{row}] are not finite, so nothing can be drawn from them. Look "
+                    "for weights that are not finite, or use another precision than float16."
+                )
+        finish: list[FinishReason] = ["stop" if stopped else "length" for stopped in self._stopped_N.tolist()]
+        texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True) if token_ids else []
+        return Completions(token_ids=token_ids, texts=texts, finish=finish, logprobs=logprobs)

@@ -1,0 +1,147 @@
+"""From logits to the distribution that a token is drawn from, and the draw itself.
+
+Pure functions; they need torch alone. Shapes: B rows, V vocabulary, T tokens. A score is a logit, -inf where a token
+is left out; scores are not normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_modules.sampling.base import Sampling
+
+
+def sampling_scores(logits_BV: Tensor, sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
+    """Apply all settings in the order of transformers: penalty, temperature, top-k, top-p, min-p.
+
+    Args:
+        logits_BV: The model's, float32.
+        sampling: The settings. Temperature 0 divides by nothing; the caller takes the maximum.
+        seen_BV: True at tokens that the prompt or the completion holds. Needed with a repetition penalty only.
+
+    Returns:
+        Scores (B, V), whose softmax is the distribution.
+    """
+    scores_BV = logits_BV
+    if sampling.repetition_penalty != 1:
+        assert seen_BV is not None
+        scores_BV = penalise(scores_BV, seen_BV, sampling.repetition_penalty)
+    if sampling.temperature not in (0.0, 1.0):
+        scores_BV = scores_BV / sampling.temperature
+    if sampling.top_k:
+        scores_BV = keep_top_k(scores_BV, sampling.top_k)
+    if sampling.top_p < 1:
+        scores_BV = keep_top_p(scores_BV, sampling.top_p)
+    if sampling.min_p:
+        scores_BV = keep_min_p(scores_BV, sampling.min_p)
+    return scores_BV
+
+
+def penalise(scores_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Make tokens that were seen less likely: CTRL (arXiv 1909.05858, section 4.1).
+
+    Deviation, that of transformers: negative scores are multiplied, for a division would raise them.
+
+    Args:
+        scores_BV: Scores.
+        seen_BV: True where the penalty applies.
+        penalty: Positive; below 1 it rewards.
+
+    Returns:
+        Scores (B, V).
+
+    >>> penalise(torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]]), 2.0)
+    tensor([[ 1., -4.,  1.]])
+    """
+    penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
+    return torch.where(seen_BV, penalised_BV, scores_BV)
+
+
+def keep_top_k(scores_BV: Tensor, k: int) -> Tensor:
+    """Keep the k highest scores, and those equal to the last of them.
+
+    Args:
+        scores_BV: Scores.
+        k: At least 1; more than V keeps all.
+
+    Returns:
+        Scores (B, V).
+
+    >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+    tensor([[-inf, 3., 2.]])
+    """
+    lowest_B1 = scores_BV.topk(min(k, scores_BV.shape[-1])).values[:, -1:]
+    return scores_BV.masked_fill(scores_BV < lowest_B1, -torch.inf)
+
+
+def keep_top_p(scores_BV: Tensor, p: float) -> Tensor:
+    """Keep the fewest most likely tokens that have the mass together: nucleus sampling (arXiv 1904.09751, eq. 3).
+
+    Args:
+        scores_BV: Scores.
+        p: The mass.
+
+    Returns:
+        Scores (B, V).
+
+    >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.6).exp()
+    tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    ordered_BV, order_BV = scores_BV.sort(-1)
+    # The mass of a token and all that are less likely: without them, 1 - p or less would be missing.
+    dropped_BV = ordered_BV.softmax(-1).cumsum(-1) <= 1 - p
+    dropped_BV[:, -1] = False
+    return scores_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
+
+
+def keep_min_p(scores_BV: Tensor, p: float) -> Tensor:
+    """Keep tokens with at least the share p of the highest probability: min-p (arXiv 2407.01082, section 3).
+
+    Args:
+        scores_BV: Scores.
+        p: The share.
+
+    Returns:
+        Scores (B, V).
+
+    >>> keep_min_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.5).exp()
+    tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    probabilities_BV = scores_BV.softmax(-1)
+    return scores_BV.masked_fill(probabilities_BV < p * probabilities_BV.amax(-1, keepdim=True), -torch.inf)
+
+
+def own_uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
+    """Return each row's own random numbers, the same whichever rows it is drawn with.
+
+    Args:
+        seeds: One for each row.
+        num_tokens: T.
+
+    Returns:
+        Uniform on [0, 1), float64 (T, B).
+    """
+    draws = [torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws, dim=1).double()
+
+
+def draw_by(scores_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Draw by the inverse of the cumulated distribution, in the order of the vocabulary.
+
+    Args:
+        scores_BV: Scores.
+        uniform_B: A number in [0, 1) for each row, float64.
+
+    Returns:
+        Token ids, int64 (B).
+
+    >>> draw_by(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([0.6], dtype=torch.float64))
+    tensor([1])
+    """
+    cumulated_BV = scores_BV.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    target_B1 = uniform_B[:, None].to(scores_BV.device) * cumulated_BV[:, -1:]
+    found_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
+    return found_B1.clamp(max=scores_BV.shape[1] - 1)[:, 0]

@@ -144,7 +144,7 @@ def _spell_flags(function: Callable[..., Any], arguments: list[str]) -> list[str
     """Let a bool be set by its name alone: `--live` is `--live=true` for jsonargparse."""
     parameters = inspect.signature(function).parameters.values()
     flags = {f"--{one.name}" for one in parameters if one.annotation in (bool, "bool")}
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)  # without arguments, without pairs
     return [f"{one}=true" if one in flags and after not in ("true", "false") else one for one, after in pairs]
 
 

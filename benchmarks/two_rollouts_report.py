@@ -50,8 +50,9 @@ def write_report(records: list[dict], page: Path) -> None:
     lines = [
         "# Two rollouts against sixteen, on a small model",
         "",
-        f"A Llama of 0.1 million parameters adds two numbers; before training it is right in "
-        f"{first['curve'][0][4]:.1%} of its samples (mean@8 on 250 prompts that no run trains on). An update has 128",
+        "A Llama of 0.1 million parameters adds two numbers; before training it is right in "
+        f"{first['curve'][0][4]:.1%} of its",
+        "samples (mean@8 on 250 prompts that no run trains on). An update has 128",
         f"rollouts. {len(runs['16'])} seeds; intervals are 95%, Student's t over seeds. The task and the method are",
         "described in `benchmarks/two_rollouts.py`; records with versions, seeds and machine are in",
         "`docs/results/two_rollouts.jsonl`. Seconds are processor time of training, without evaluation, in one run",
@@ -103,6 +104,16 @@ def claim(runs: dict[str, list[dict]], prompts: float) -> str:
             f"- {arm}: {mean:.1%} +- {half:.1%} of the accuracy, {statistics.fmean(work):.1%} of the rollouts, "
             f"{statistics.fmean(time):.1%} of the time."
         )
+    equal = [
+        at(one["curve"], "rollouts", sixteen[one["seed"]][-1][2]) / sixteen[one["seed"]][-1][4]
+        for one in runs["2 + resampling"]
+    ]
+    mean, half = interval(equal)
+    parts += [
+        "",
+        "Resampling draws prompts that it does not learn from, so the paper gives it the rollouts of 16. At equal "
+        f"rollouts 2 + resampling has {mean:.1%} +- {half:.1%} of the accuracy of 16.",
+    ]
     return "\n".join(parts)
 
 
@@ -148,6 +159,9 @@ def draw(runs: dict[str, list[dict]], file: Path) -> None:
         panel.set_xlabel(axis if axis != "seconds" else "seconds of training")
         panel.grid(alpha=0.3)
     panels[1].set_xscale("symlog", linthresh=256)
+    panels[1].set_xlim(left=0)
+    for panel, axis in ((panels[0], "rollouts"), (panels[2], "seconds")):  # resampling goes on far beyond
+        panel.set_xlim(0, 1.3 * statistics.fmean(one["curve"][-1][AXES[axis]] for one in runs["16"]))
     panels[0].set_ylabel("held-out accuracy of a sample")
     panels[0].legend(title="rollouts per prompt", fontsize=8)
     figure.tight_layout()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -71,47 +72,24 @@ def test_two_ranks_make_the_gradient_of_one(tiny_model, whole, tmp_path, uids):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_three_steps_of_a_real_model(recipe, tmp_path, monkeypatch, capsys):
+    """Three rollouts of SmolLM2 with all their updates. In float32: without AMX bfloat16 is slower on CPUs."""
     monkeypatch.chdir(tmp_path)
-    small = [
-        "--data.batch_size",
-        "4",
-        "--data.train_size",
-        "64",
-        "--data.val_size",
-        "4",
-        "--trainer.max_steps",
-        "3",
-    ]
-    small += [
-        "--model.sampling.max_new_tokens",
-        "6",
-        "--model.dtype",
-        "bfloat16",
-        "--trainer.num_sanity_val_steps",
-        "0",
-    ]
-    small += ["--model.adapter", "peft.LoraConfig", "--model.adapter.target_modules", "all-linear"]
+    updates = 2 if recipe in ("gspo", "cispo") else 1
+    small = ["--data.batch_size", "2", "--data.train_size", "64", "--data.val_size", "2"]
+    small += ["--trainer.max_steps", str(3 * updates), "--model.updates_per_rollout", str(updates)]
+    small += ["--trainer.num_sanity_val_steps", "0", "--model.sampling.max_new_tokens", "4"]
+    small += ["--model.adapter", "peft.LoraConfig", "--model.adapter.target_modules", "[q_proj]"]
     if recipe in ("two_rollouts_resampling", "dapo"):
-        small += ["--model.resampling.live_groups", "2", "--model.resampling.max_rollouts", "128"]
-    small += (
-        ["--model.num_generations", "4"] if recipe not in ("two_rollouts", "two_rollouts_resampling") else []
-    )
-    config = ["-c", f"grpo/{recipe}.yaml", "-c", "trainer/cpu.yaml"]
-    assert (
-        main(
-            [
-                "fit",
-                *config,
-                *small,
-                "--trainer.logger",
-                "lightning.pytorch.loggers.CSVLogger",
-                "--trainer.logger.save_dir",
-                "log",
-            ]
-        )
-        == 0
-    )
+        small += ["--model.resampling.live_groups", "1", "--model.resampling.max_rollouts", "8"]
+    small += ["--model.num_generations", "2"]
+    small += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "log"]
+    assert main(["fit", "-c", f"grpo/{recipe}.yaml", "-c", "trainer/cpu.yaml", *small]) == 0
     assert "Plan" in capsys.readouterr().out
-    rows = next(Path("log").rglob("metrics.csv")).read_text().splitlines()
-    assert "train/reward" in rows[0]
-    assert int(rows[-1].split(",")[rows[0].split(",").index("step")]) >= 2
+    with next(Path("log").rglob("metrics.csv")).open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["train/reward"]]
+    # Lightning writes the last values again for batches that log none, so count what only an update changes.
+    assert len({row["train/tokens"] for row in rows}) == 3
+    saved = torch.load(next(Path().rglob("*.ckpt")), weights_only=True)
+    assert saved["global_step"] == 3 * updates
+    assert all(one.isfinite().all() for one in saved["state_dict"].values())
+    assert list(Path().rglob("adapter_config.json"))

@@ -61,7 +61,7 @@ def config(folder, model, name, module="SparseAdapterModule", callbacks=(), init
             "adapter": {"class_path": "lightning_modules.SparseAdapter", "init_args": sparse},
             "rewards": ["test_sparse_training.spread"],
             "sampling": {"max_new_tokens": 6},
-            "kl_coef": 0.1,
+            "kl": {"coef": 0.1},
         }
     else:
         own = sparse

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.grpo.estimators import GDPO
 from lightning_modules.grpo.reference import Snapshot
-
-if TYPE_CHECKING:
-    from lightning_modules.grpo.module import GRPOModule
+from lightning_modules.grpo.steps import RolloutSteps
 
 
-def check_settings(module: GRPOModule, *, trains_base: bool) -> None:
+def check_settings(module: RolloutSteps, *, trains_base: bool) -> None:
     """Refuse settings that cannot work together.
 
     Args:
@@ -56,7 +52,7 @@ def check_settings(module: GRPOModule, *, trains_base: bool) -> None:
         module.resampling.check(module.num_generations)
 
 
-def warn_of_settings(module: GRPOModule) -> None:
+def warn_of_settings(module: RolloutSteps) -> None:
     """Say which settings bias the gradient."""
     sampling = module.sampling
     if sampling.top_p < 1 or sampling.top_k or sampling.min_p:

@@ -14,26 +14,34 @@ from torch import Tensor
 from lightning_modules.grpo.advantages import Scale, group_advantages, normalized_each, opo_advantages
 
 
+@dataclass(frozen=True)
+class Rewards:
+    """What completions are compared by.
+
+    Attributes:
+        total: Weighted sum of the rewards, less a KL penalty if there is one; NaN where none applies (B).
+        by_function: Reward of each function, NaN where it does not apply (B, K).
+        weights: Of the functions (K); None weighs all with 1.
+        lengths: Tokens of each completion (B).
+        group_size: G.
+    """
+
+    total: Tensor
+    by_function: Tensor
+    weights: Sequence[float] | None
+    lengths: Tensor
+    group_size: int
+
+
 class Advantage(ABC):
     """How rewards become advantages."""
 
     @abstractmethod
-    def __call__(
-        self,
-        rewards_B: Tensor,
-        rewards_BK: Tensor,
-        weights: Sequence[float] | None,
-        lengths_B: Tensor,
-        group_size: int,
-    ) -> Tensor:
+    def __call__(self, rewards: Rewards) -> Tensor:
         """Compare the completions of each group.
 
         Args:
-            rewards_B: Weighted sum of the rewards, less a KL penalty if there is one; NaN where none applies.
-            rewards_BK: Reward of each function, NaN where it does not apply.
-            weights: Of the functions (K); None weighs all with 1.
-            lengths_B: Tokens of each completion.
-            group_size: G.
+            rewards: Of all ranks.
 
         Returns:
             (B), 0 in groups that teach nothing.
@@ -54,17 +62,10 @@ class GroupAdvantage(Advantage):
     eps: float = 1e-4
     tolerance: float = 1e-6
 
-    def __call__(
-        self,
-        rewards_B: Tensor,
-        rewards_BK: Tensor,
-        weights: Sequence[float] | None,
-        lengths_B: Tensor,
-        group_size: int,
-    ) -> Tensor:
+    def __call__(self, rewards: Rewards) -> Tensor:
         """Compare the sums."""
         return group_advantages(
-            rewards_B, group_size, scale=self.scale, eps=self.eps, tolerance=self.tolerance
+            rewards.total, rewards.group_size, scale=self.scale, eps=self.eps, tolerance=self.tolerance
         )
 
 
@@ -78,16 +79,9 @@ class OPO(Advantage):
 
     tolerance: float = 1e-6
 
-    def __call__(
-        self,
-        rewards_B: Tensor,
-        rewards_BK: Tensor,
-        weights: Sequence[float] | None,
-        lengths_B: Tensor,
-        group_size: int,
-    ) -> Tensor:
+    def __call__(self, rewards: Rewards) -> Tensor:
         """Compare the sums."""
-        return opo_advantages(rewards_B, lengths_B, group_size, tolerance=self.tolerance)
+        return opo_advantages(rewards.total, rewards.lengths, rewards.group_size, tolerance=self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -102,14 +96,9 @@ class GDPO(Advantage):
     eps: float = 1e-4
     tolerance: float = 1e-6
 
-    def __call__(
-        self,
-        rewards_B: Tensor,
-        rewards_BK: Tensor,
-        weights: Sequence[float] | None,
-        lengths_B: Tensor,
-        group_size: int,
-    ) -> Tensor:
+    def __call__(self, rewards: Rewards) -> Tensor:
         """Compare function by function."""
-        weights = [1.0] * rewards_BK.shape[1] if weights is None else weights
-        return normalized_each(rewards_BK, weights, group_size, eps=self.eps, tolerance=self.tolerance)
+        weights = rewards.weights or [1.0] * rewards.by_function.shape[1]
+        return normalized_each(
+            rewards.by_function, weights, rewards.group_size, eps=self.eps, tolerance=self.tolerance
+        )

@@ -18,7 +18,7 @@ from lightning_modules.distributed import gathered
 from lightning_modules.grpo.advantages import Scale
 from lightning_modules.grpo.checks import check_settings, warn_of_settings
 from lightning_modules.grpo.correction import off_policy_rows
-from lightning_modules.grpo.estimators import Advantage, GroupAdvantage
+from lightning_modules.grpo.estimators import Advantage, GroupAdvantage, Rewards
 from lightning_modules.grpo.losses import kl_estimate
 from lightning_modules.grpo.objective import Objective
 from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
@@ -248,7 +248,9 @@ class GRPOModule(RolloutSteps):
         """
         parts = gathered((scores.total, scores.by_function, rollout.lengths))
         total, by_function, lengths = (torch.cat(kind) for kind in zip(*parts, strict=True))
-        everyone = self.advantage(total, by_function, self.scoring.weights, lengths, rollout.group_size)
+        everyone = self.advantage(
+            Rewards(total, by_function, self.scoring.weights, lengths, rollout.group_size)
+        )
         first = sum(len(part[0]) for part in parts[: self.global_rank]) if len(parts) > 1 else 0
         return everyone[first : first + len(rollout)]
 

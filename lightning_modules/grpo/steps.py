@@ -15,6 +15,7 @@ from torch import Tensor
 
 from datamodules.batches import TextBatch
 from lightning_modules.distributed import all_sum, gathered
+from lightning_modules.grpo.estimators import Advantage
 from lightning_modules.grpo.groups import Group, groups_of, rows_of
 from lightning_modules.grpo.metrics import add_rollout_means, with_correlation
 from lightning_modules.grpo.resampling import Pool, Resampling, shares
@@ -35,6 +36,7 @@ class RolloutSteps(PolicyUpdates):
 
     Attributes:
         num_generations: G.
+        advantage: How rewards become advantages.
         resampling: How dead groups are replaced; None not at all.
         watch: Looks at the rewards.
         num_tokens: Tokens drawn so far, over all ranks.
@@ -45,6 +47,7 @@ class RolloutSteps(PolicyUpdates):
     """
 
     num_generations: int
+    advantage: Advantage
     resampling: Resampling | None
     watch: RewardWatch
 

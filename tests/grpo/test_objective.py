@@ -10,7 +10,7 @@ import torch
 from fixed_rollouts import FixedGRPO, RecordGradients, first_gradients, loader
 from peft import LoraConfig
 
-from lightning_modules.grpo.estimators import GDPO, OPO, GroupAdvantage
+from lightning_modules.grpo.estimators import GDPO, OPO, GroupAdvantage, Rewards
 from lightning_modules.grpo.metrics import with_correlation
 from lightning_modules.grpo.objective import MaskedImportance, Objective, TruncatedImportance
 from lightning_modules.grpo.reference import KL
@@ -67,7 +67,10 @@ def twin(tiny_model, objective, weigh, *, entropy_coef=0.0, keep=lambda i, rollo
     module = build(tiny_model, objective)
     module.configure_model()
     rollout = module.rollout(next(iter(loader(range(8)))), 2, module.sampling)
-    advantages_B = GroupAdvantage("population")(module.score(rollout).total, None, None, rollout.lengths, 2)
+    scores = module.score(rollout)
+    advantages_B = GroupAdvantage("population")(
+        Rewards(scores.total, scores.by_function, None, rollout.lengths, 2)
+    )
     kept = [i for i in range(len(rollout)) if keep(i, rollout)]
     count = sum(len(rollout.completions.token_ids[i]) for i in kept)
     for i in kept:
@@ -174,8 +177,8 @@ def test_the_unbiased_kl_gradient_is_that_of_the_reverse_kl(tiny_model):
 def test_estimators_see_what_they_need():
     rewards_BK = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     total, lengths = rewards_BK.sum(1), torch.tensor([1, 3, 2, 2])
-    assert OPO()(total, rewards_BK, None, lengths, 2).tolist() == [0.75, -0.25, 0.5, -0.5]
-    scaled = GDPO(eps=0.0)(total, rewards_BK, None, lengths, 2)
+    assert OPO()(Rewards(total, rewards_BK, None, lengths, 2)).tolist() == [0.75, -0.25, 0.5, -0.5]
+    scaled = GDPO(eps=0.0)(Rewards(total, rewards_BK, None, lengths, 2))
     assert scaled[0] == -scaled[1] == scaled[2] == -scaled[3] > 0
 
 

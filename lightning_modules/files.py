@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+# What `safe_open` raises for a file that is broken, or missing, or was removed while it was being opened: torch opens
+# it a second time, with an error of its own.
+UNREADABLE = (SafetensorError, OSError, RuntimeError)
+
 
 def sync(path: Path) -> None:
     """Bring a file or folder to the disk, so that it survives a crash of the machine."""

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from lightning_modules.files import UNREADABLE
 
 # Arguments of `from_pretrained` that say where files are; others may change what is loaded.
 _PLACES = {"revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code"}
@@ -55,7 +57,7 @@ def map_model(
         try:
             with safe_open(file, "pt") as opened:
                 mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{file} is broken or cut off: {error}. Download or copy it again.") from None
     expected = dict(model.named_parameters())
     if any(name not in mapped or mapped[name].shape != p.shape for name, p in expected.items()):

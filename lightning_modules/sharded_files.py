@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_modules.distributed import gathered
-from lightning_modules.files import sync
+from lightning_modules.files import UNREADABLE, sync
 from lightning_modules.sharding import local, local_rows, map_tensors, writes_shard
 
 MANIFEST, META = "manifest.json", "meta.pt"
@@ -74,7 +74,7 @@ def write_sharded(checkpoint: Mapping[str, Any], target: Path) -> None:
 def _attempt(work: Any) -> str | None:
     try:
         work()
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -195,7 +195,7 @@ class SavedTensor:
         try:
             with safe_open(path, "pt") as opened:
                 part: Tensor = opened.get_tensor(self.name)
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise _broken(self.folder, f"{file} cannot be read: {error}") from None
         shape = [end - first, *self.shape[1:]] if self.shape else []
         if list(part.shape) != shape or part.dtype != self.dtype or _tensor_hash(part) != expected:
@@ -261,7 +261,7 @@ def check_parts(checkpoint: Mapping[str, Any]) -> None:
         try:
             with safe_open(path, "pt") as opened:
                 missing = names - set(opened.keys())
-        except (SafetensorError, OSError) as error:
+        except UNREADABLE as error:
             raise _broken(path.parent, f"{path.name} cannot be read: {error}") from None
         if missing:
             raise _broken(path.parent, f"{path.name} lacks {sorted(missing)[0]}")

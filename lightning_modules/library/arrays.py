@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_modules.files import UNREADABLE
 
 
 def write_arrays(file: Path, arrays: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
@@ -30,7 +32,7 @@ def read_arrays(file: Path) -> dict[str, Tensor] | None:
         with safe_open(file, "pt") as opened:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             expected = (opened.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError, ValueError, TypeError):
+    except (*UNREADABLE, ValueError, TypeError):
         return None
     return arrays if expected == _checksum(arrays) else None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from lightning_modules.files import UNREADABLE
 from lightning_modules.sparse.storage import read_json
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,7 +53,7 @@ def open_tensors(file: Path) -> Any:
         raise ValueError(f"{file} is missing. Save the expert as safetensors, or copy the whole folder.")
     try:
         return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} is broken or cut off: {error}. Save or copy it again.") from error
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_modules.checksums import check_checksums, write_checksums
-from lightning_modules.files import complete_folder
+from lightning_modules.files import UNREADABLE, complete_folder
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.storage import (
     CONFIG,
@@ -97,7 +96,7 @@ def import_shira(folder: str | Path, output: str | Path, model: nn.Module, base:
         raise ValueError(f"{source} is no SHiRA adapter: its peft_type is {config.get('peft_type')!r}.")
     try:
         tensors = load_file(source / TENSORS)
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{source / TENSORS} is missing, broken or cut off: {error}.") from error
     deltas = dict(_deltas(tensors, source / TENSORS, dict(model.named_parameters(remove_duplicate=False))))
     facts = {

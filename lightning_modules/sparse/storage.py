@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_modules.checksums import check_checksums
+from lightning_modules.files import UNREADABLE
 from lightning_modules.sharding import entries_at
 from lightning_modules.sparse.delta import SparseDelta, check_indices
 
@@ -75,7 +76,7 @@ class SparseFolder:
         try:
             self._file: Any = safe_open(path, "pt")
             found = set(self._file.keys())  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} is broken or cut off: {error}. Export or copy it again.") from error
         self._shapes: dict[str, tuple[int, ...]] = {
             name: tuple(shape) for name, shape in self.config["shapes"].items()

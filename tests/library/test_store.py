@@ -283,6 +283,19 @@ def test_verify_names_what_changed(library):
     assert "is not in the index" in library.verify()[1]
 
 
+def test_a_file_that_is_removed_while_it_is_opened_is_named(library, monkeypatch):
+    """safetensors opens a file twice, the second time through torch, whose error is another one."""
+    from_file = torch.UntypedStorage.from_file
+
+    def too_late(name, *arguments, **options):
+        Path(name).unlink()
+        return from_file(name, *arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", too_late)
+    with pytest.raises(ValueError, match="adapter_model.safetensors is broken or cut off"):
+        library["first"].open()
+
+
 def test_a_folder_that_is_no_library(tmp_path):
     with pytest.raises(ValueError, match="is no adapter library"):
         AdapterLibrary(tmp_path)

@@ -69,10 +69,10 @@ def plain(model, prompts, completions):
 
 def head_chunked(model, prompts, completions):
     from lightning_modules.headless import chunked_logprobs
-    from lightning_modules.microbatches import pad_pairs
+    from lightning_modules.microbatches import pad_rows
 
-    ids, attention, mask = pad_pairs(prompts, completions, pad_token_id=0, device=model.device)
-    return chunked_logprobs(model, ids, attention, mask.shape[1], temperature=1.0)
+    rows = pad_rows(prompts, completions, pad_token_id=0, device=model.device)
+    return chunked_logprobs(model, rows, temperature=1.0)
 
 
 def prefix_shared(model, prompts, completions):

@@ -14,36 +14,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_modules.head import scored_logprobs
+from lightning_modules.microbatches import PaddedRows
 
 
 def chunked_logprobs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    num_completion_tokens: int,
-    *,
-    temperature: float,
-    entropy_gradient: bool = False,
+    model: nn.Module, rows: PaddedRows, *, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies of completions in whole rows, by the chunked head. See `can_chunk`.
 
     Args:
         model: As in `shared_logprobs`.
-        input_ids: (b, P+T), prompts padded on the left, completions on the right.
-        attention_mask: 1 on real tokens (b, P+T).
-        num_completion_tokens: T.
+        rows: From `pad_rows`.
         temperature: As in `shared_logprobs`.
         entropy_gradient: Whether the entropy carries a gradient.
 
     Returns:
         Nats, float32, 0 on padding (b, T) each.
     """
-    T = num_completion_tokens
-    hidden_bTH = without_head(model, input_ids, attention_mask, logits_to_keep=T + 1).logits[:, :-1]
-    return scored(model, hidden_bTH, input_ids[:, -T:], attention_mask[:, -T:], temperature, entropy_gradient)
+    T = rows.completion_mask.shape[1]
+    hidden_bTH = without_head(model, rows.input_ids, rows.attention_mask, logits_to_keep=T + 1).logits[:, :-1]
+    return scored(model, hidden_bTH, rows.input_ids[:, -T:], rows.scored, temperature, entropy_gradient)
 
 
-def can_chunk(model: nn.Module) -> str | None:
+def can_chunk(model: nn.Module, *, tries: bool = True) -> str | None:
     """Return why `chunked_logprobs` would be wrong or impossible for a model; None if it would not.
 
     Runs a few tokens through the model, a collective under sharding. An adapter that routes rows must have heard of
@@ -51,6 +44,7 @@ def can_chunk(model: nn.Module) -> str | None:
 
     Args:
         model: What is to be called.
+        tries: Whether tokens are run; without, only what is known of the model's parts is looked at.
     """
     base = base_of(model)
     if base is None:
@@ -61,6 +55,8 @@ def can_chunk(model: nn.Module) -> str | None:
     # By the forward function: adapters replace the layer, or its forward.
     if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
         return f"its head ({type(head).__name__}) is more than a plain linear layer"
+    if not tries:
+        return None
     seen: list[Tensor] = []
     hook = head.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
     try:
@@ -132,17 +128,17 @@ def scored(
     model: nn.Module,
     hidden_bTH: Tensor,
     ids_bT: Tensor,
-    mask_bT: Tensor,
+    scored_N: Tensor,
     temperature: float,
     entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Put hidden states through the chunked head where the mask is 1, after a pass of the model.
+    """Put hidden states of scored tokens through the chunked head, after a pass of the model.
 
     Args:
         model: What was called.
         hidden_bTH: What predicts each token.
         ids_bT: The tokens.
-        mask_bT: 1 on those that are scored.
+        scored_N: Positions of those that are scored, in the flat (b T).
         temperature: As in `scored_logprobs`.
         entropy_gradient: Likewise.
 
@@ -152,19 +148,18 @@ def scored(
     base = base_of(model)
     assert base is not None
     head: Any = base.get_output_embeddings()
-    real_N = mask_bT.flatten().nonzero()[:, 0]
     logprobs_N, entropy_N = scored_logprobs(
         # Mixed precision of a sharded model may turn outputs into float32.
-        hidden_bTH.flatten(0, 1).index_select(0, real_N).to(head.weight.dtype),
+        hidden_bTH.flatten(0, 1).index_select(0, scored_N).to(head.weight.dtype),
         head.weight,
         head.bias,
-        ids_bT.flatten()[real_N],
+        ids_bT.flatten()[scored_N],
         temperature=temperature,
         entropy_gradient=entropy_gradient,
     )
-    zeros = logprobs_N.new_zeros(mask_bT.numel())
-    logprobs, entropy = (zeros.index_put((real_N,), one) for one in (logprobs_N, entropy_N))
-    return logprobs.view(mask_bT.shape), entropy.view(mask_bT.shape)
+    zeros = logprobs_N.new_zeros(ids_bT.numel())
+    logprobs, entropy = (zeros.index_put((scored_N,), one) for one in (logprobs_N, entropy_N))
+    return logprobs.view(ids_bT.shape), entropy.view(ids_bT.shape)
 
 
 def few_tokens(base: PreTrainedModel) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,3 +53,53 @@ def pad_pairs(
         input_ids[i, span] = torch.tensor(prompt + completion)
         attention_mask[i, span] = 1
     return input_ids.to(device), attention_mask.to(device), attention_mask[:, P:].float().to(device)
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows that go through the model with their prompts.
+
+    Attributes:
+        input_ids: Prompts padded on the left, completions on the right (b, P+T).
+        attention_mask: 1 on real tokens (b, P+T).
+        completion_mask: 1 on completion tokens (b, T).
+        scored: Their positions in the flat (b T).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    scored: Tensor
+
+
+def pad_rows(
+    prompts: Sequence[list[int]], completions: Sequence[list[int]], *, pad_token_id: int, device: torch.device
+) -> PaddedRows:
+    """Pad as `pad_pairs` does.
+
+    Args:
+        prompts: Token ids (b rows).
+        completions: Token ids (b rows).
+        pad_token_id: Filler; masked everywhere.
+        device: Where the tensors go.
+    """
+    ids, attention_mask, mask = pad_pairs(
+        prompts, completions, pad_token_id=pad_token_id, device=torch.device("cpu")
+    )
+    scored = positions(completions)
+    return PaddedRows(*(one.to(device) for one in (ids, attention_mask, mask, scored)))
+
+
+def positions(completions: Sequence[list[int]]) -> Tensor:
+    """Return where the tokens of completions, padded on the right to (b, T), stand in the flat (b T).
+
+    By their lengths: a device that looks for them in a mask would keep its host waiting.
+
+    Args:
+        completions: Token ids (b rows).
+
+    >>> positions([[7], [8, 9]])
+    tensor([0, 2, 3])
+    """
+    T = max(map(len, completions))
+    return torch.tensor([i * T + t for i, ids in enumerate(completions) for t in range(len(ids))])

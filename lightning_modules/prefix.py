@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.headless import base_of, can_chunk, evaluating, few_tokens, scored, without_head
+from lightning_modules.microbatches import positions
 
 Announce = Callable[[Sequence[int]], None]
 
@@ -33,6 +34,7 @@ class SharedRows:
         prompt_mask: 1 on their tokens (u, P).
         completion_ids: Completions, padded on the right (b, T).
         completion_mask: 1 on their tokens (b, T).
+        scored: Positions of those tokens in the flat (b T).
         prompt_of_row: Which prompt a row has (b).
         rows_of_prompt: Which rows have a prompt (u).
     """
@@ -41,6 +43,7 @@ class SharedRows:
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
+    scored: Tensor
     prompt_of_row: Tensor
     rows_of_prompt: list[list[int]]
 
@@ -83,6 +86,7 @@ def share_prompts(
         prompt_mask=prompt_mask.to(device),
         completion_ids=completion_ids.to(device),
         completion_mask=completion_mask.to(device),
+        scored=positions(completions).to(device),
         prompt_of_row=prompt_of_row.to(device),
         rows_of_prompt=rows_of_prompt,
     )
@@ -172,15 +176,13 @@ def shared_logprobs(
     prompt_mask_bP = rows.prompt_mask[rows.prompt_of_row]
     hidden_bTH = _completion_pass(model, cache, prompt_mask_bP, rows.completion_ids, rows.completion_mask)
     predictors_bTH = torch.cat([_hand_out(last_u1H, rows), hidden_bTH], dim=1)
-    return scored(
-        model, predictors_bTH, rows.completion_ids, rows.completion_mask, temperature, entropy_gradient
-    )
+    return scored(model, predictors_bTH, rows.completion_ids, rows.scored, temperature, entropy_gradient)
 
 
 # ---------------------------------------------------------------------- what cannot
 
 
-def can_share(model: nn.Module) -> str | None:
+def can_share(model: nn.Module, *, tries: bool = True) -> str | None:
     """Return why `shared_logprobs` would be wrong or impossible for a model; None if it would not.
 
     Besides what is known of caches, a few tokens are run in both ways and compared: a collective under sharding. An
@@ -189,15 +191,16 @@ def can_share(model: nn.Module) -> str | None:
 
     Args:
         model: What is to be called.
+        tries: Whether tokens are run; without, only what is known of the model's parts is looked at.
     """
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing computes layers again, without a cache"
-    if reason := can_chunk(model):
+    if reason := can_chunk(model, tries=tries):
         return reason
     base = base_of(model)
     assert base is not None
     layers = DynamicCache(config=base.config).layers
-    if reason := _forgets(layers):
+    if (reason := _forgets(layers)) or not tries:
         return reason
     ids, ones = few_tokens(base)
     with evaluating(model):

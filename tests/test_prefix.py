@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Mistral
 from lightning_modules.adapters import FullFineTuning, PeftAdapter
 from lightning_modules.headless import can_chunk, chunked_logprobs
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
-from lightning_modules.microbatches import pad_pairs
+from lightning_modules.microbatches import pad_pairs, pad_rows
 from lightning_modules.prefix import (
     can_share,
     plan_shared_micro_batches,
@@ -77,10 +77,8 @@ def plain(model, prompts, completions, temperature=1.0):
 
 
 def chunked(model, prompts, completions, temperature=1.0, entropy_gradient=True):
-    ids, attention, mask = pad_pairs(prompts, completions, pad_token_id=0, device=CPU)
-    return chunked_logprobs(
-        model, ids, attention, mask.shape[1], temperature=temperature, entropy_gradient=entropy_gradient
-    )
+    rows = pad_rows(prompts, completions, pad_token_id=0, device=CPU)
+    return chunked_logprobs(model, rows, temperature=temperature, entropy_gradient=entropy_gradient)
 
 
 def shared(model, prompts, completions, temperature=1.0, entropy_gradient=True):

@@ -131,14 +131,18 @@ def rows_of(groups: Sequence[Group], step: int, counts: Callable[[Group, int], b
     ]
 
 
-def balanced(rows: Sequence[Row], rank: int) -> list[Row]:
+def balanced(
+    rows: Sequence[Row], rank: int, bundles: Callable[[Sequence[Row]], list[list[Row]]]
+) -> list[Row]:
     """Share the rows of all ranks out anew, so that each has about as many tokens; a collective.
 
-    The longest rows go first, each to the rank that has the fewest tokens so far.
+    The largest bundles go first, each to the rank that has the fewest tokens so far. One that is more than half of a
+    rank's fair share is divided.
 
     Args:
         rows: Of this rank.
         rank: Its number.
+        bundles: Finds rows that are cheaper together than apart, because their prompt counts once.
 
     Returns:
         Its new rows.
@@ -146,12 +150,27 @@ def balanced(rows: Sequence[Row], rank: int) -> list[Row]:
     parts: list[list[Row]] = gathered(list(rows))
     if len(parts) == 1:
         return parts[0]
-    everyone = [row for part in parts for row in part]
+    whole = bundles([row for part in parts for row in part])
+    limit = sum(map(_tokens, whole)) / len(parts) / 2
+    pieces = [piece for bundle in whole for piece in _divided(bundle, limit)]
     tokens = [0] * len(parts)
-    mine = []
-    for row in sorted(everyone, key=len, reverse=True):
+    mine: list[Row] = []
+    for piece in sorted(pieces, key=_tokens, reverse=True):
         lightest = tokens.index(min(tokens))
-        tokens[lightest] += len(row)
+        tokens[lightest] += _tokens(piece)
         if lightest == rank:
-            mine.append(row)
+            mine += piece
     return mine
+
+
+def _tokens(bundle: Sequence[Row]) -> int:
+    return len(bundle[0].prompt_ids) + sum(len(row.token_ids) for row in bundle)
+
+
+def _divided(bundle: list[Row], limit: float) -> list[list[Row]]:
+    """Cut rows into as few runs of about one length as stay below a limit, or into single rows."""
+    number = 1
+    while number < len(bundle) and _tokens(bundle[: -(-len(bundle) // number)]) > limit:
+        number += 1
+    size = -(-len(bundle) // number)
+    return [bundle[first : first + size] for first in range(0, len(bundle), size)]

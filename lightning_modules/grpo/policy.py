@@ -1,19 +1,22 @@
 """What the loss sees of a micro-batch: log-probabilities under the policy, the old one, the sampler and the reference.
 
-Shapes: b rows, P prompt tokens, T completion tokens.
+Shapes: b rows, T completion tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.grpo.groups import Row
-from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
-from lightning_modules.microbatches import pad_pairs
+from lightning_modules.grpo.passes import Inputs, Passes
+
+Score: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -22,8 +25,7 @@ class MicroBatch:
 
     Attributes:
         rows: What they were made from (b).
-        input_ids: Prompts padded on the left, completions on the right (b, P+T).
-        attention_mask: 1 on real tokens (b, P+T).
+        score: Runs a model on them: `Passes.logprobs` with their inputs.
         mask: 1 on completion tokens that count (b, T).
         advantages: (b).
         sampler_logprobs: Of the sampler, nats, 0 where masked (b, T).
@@ -34,8 +36,7 @@ class MicroBatch:
     """
 
     rows: list[Row]
-    input_ids: Tensor
-    attention_mask: Tensor
+    score: Score
     mask: Tensor
     advantages: Tensor
     sampler_logprobs: Tensor
@@ -72,31 +73,38 @@ class Tokens:
     rows: list[Row]
 
 
-def collate(rows: Sequence[Row], *, pad_token_id: int, device: torch.device) -> MicroBatch:
+def collate(
+    rows: Sequence[Row],
+    passes: Passes[Inputs],
+    announce: Callable[[Sequence[Row]], None],
+    *,
+    pad_token_id: int,
+    device: torch.device,
+) -> MicroBatch:
     """Pad rows to their own longest prompt and completion.
 
     Args:
         rows: b.
+        passes: How they go through the model.
+        announce: Called before each pass with the rows that it is about.
         pad_token_id: Filler; masked everywhere.
         device: Where the tensors go.
 
     Returns:
         Tensors of the shapes that `MicroBatch` names.
     """
-    input_ids, attention_mask, mask_bT = pad_pairs(
-        [row.prompt_ids for row in rows],
-        [row.token_ids for row in rows],
-        pad_token_id=pad_token_id,
-        device=device,
-    )
+    rows = list(rows)
+    inputs = passes.pad(rows, pad_token_id=pad_token_id, device=device)
+    mask_bT = inputs.completion_mask.float()
     sampler_bT = torch.zeros(mask_bT.shape)
     for i, row in enumerate(rows):
         sampler_bT[i, : len(row.logprobs)] = torch.tensor(row.logprobs)
     counts_b = torch.tensor([row.counts for row in rows], device=device)
     return MicroBatch(
-        rows=list(rows),
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        rows=rows,
+        score=partial(
+            passes.logprobs, inputs=inputs, announce=lambda chosen: announce([rows[i] for i in chosen])
+        ),
         mask=mask_bT * counts_b[:, None],
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device),
         sampler_logprobs=sampler_bT.to(device),
@@ -126,7 +134,7 @@ def reference_logprobs(model: nn.Module, micro_batch: MicroBatch, *, temperature
         temperature: Of the sampling.
     """
     with torch.no_grad():
-        return token_logprobs(_logits(model, micro_batch, temperature), _ids(micro_batch))
+        return micro_batch.score(model, temperature=temperature)[0]
 
 
 def policy_entropy(model: nn.Module, micro_batch: MicroBatch, *, temperature: float) -> Tensor:
@@ -138,7 +146,7 @@ def policy_entropy(model: nn.Module, micro_batch: MicroBatch, *, temperature: fl
         temperature: Of the sampling.
     """
     with torch.no_grad():
-        return token_entropy(_logits(model, micro_batch, temperature))
+        return micro_batch.score(model, temperature=temperature)[1]
 
 
 def forward_policy(
@@ -159,8 +167,9 @@ def forward_policy(
     Returns:
         What `GRPOModule.loss` gets.
     """
-    logits_bTV = _logits(model, micro_batch, temperature)
-    logprobs_bT = token_logprobs(logits_bTV, _ids(micro_batch))
+    logprobs_bT, entropy_bT = micro_batch.score(
+        model, temperature=temperature, entropy_gradient=entropy_gradient
+    )
     if micro_batch.old_logprobs is None:
         micro_batch.old_logprobs = torch.where(
             micro_batch.on_policy[:, None], logprobs_bT.detach(), micro_batch.sampler_logprobs
@@ -170,18 +179,9 @@ def forward_policy(
         old_logprobs=micro_batch.old_logprobs,
         sampler_logprobs=micro_batch.sampler_logprobs,
         ref_logprobs=micro_batch.ref_logprobs,
-        entropy=token_entropy(logits_bTV if entropy_gradient else logits_bTV.detach()),
+        entropy=entropy_bT,
         advantages=micro_batch.advantages,
         mask=micro_batch.mask,
         policy_mask=micro_batch.policy_mask,
         rows=micro_batch.rows,
     )
-
-
-def _logits(model: nn.Module, micro_batch: MicroBatch, temperature: float) -> Tensor:
-    T = micro_batch.mask.shape[1]
-    return completion_logits(model, micro_batch.input_ids, micro_batch.attention_mask, T, temperature)
-
-
-def _ids(micro_batch: MicroBatch) -> Tensor:
-    return micro_batch.input_ids[:, -micro_batch.mask.shape[1] :]

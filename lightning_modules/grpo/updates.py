@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_modules.distributed import all_sum, gathered
@@ -14,6 +15,7 @@ from lightning_modules.grpo.groups import Group, Row, balanced, rows_of
 from lightning_modules.grpo.losses import aggregate
 from lightning_modules.grpo.metrics import add_update_means, update_metric_names
 from lightning_modules.grpo.objective import Objective
+from lightning_modules.grpo.passes import Passes, best_passes
 from lightning_modules.grpo.policy import (
     MicroBatch,
     Tokens,
@@ -26,7 +28,6 @@ from lightning_modules.grpo.policy_losses import PolicyLoss
 from lightning_modules.grpo.reference import KL
 from lightning_modules.grpo.validation import RolloutEvaluation
 from lightning_modules.metrics import Means
-from lightning_modules.microbatches import plan_micro_batches
 from lightning_modules.sampling import Sampling
 
 
@@ -40,6 +41,7 @@ class PolicyUpdates(RolloutEvaluation):
         objective: Which tokens count, and how much.
         updates_per_rollout: Optimiser updates from the same groups.
         max_tokens_per_microbatch: Token budget of one forward and backward pass.
+        passes: How rows go through the model; None finds the cheapest way that serves it, before the first update.
     """
 
     sampling: Sampling
@@ -48,6 +50,7 @@ class PolicyUpdates(RolloutEvaluation):
     objective: Objective
     updates_per_rollout: int
     max_tokens_per_microbatch: int
+    passes: Passes[Any] | None = None
 
     def loss(self, tokens: Tokens) -> Tensor:
         """Return the loss of each token (b, T)."""
@@ -90,7 +93,8 @@ class PolicyUpdates(RolloutEvaluation):
             "sequences": sequences,
             "constant": sequences * self.sampling.max_new_tokens,
         }[objective.over]
-        micro_batches = self.micro_batches(balanced(rows, self.global_rank), filler)
+        bundles = self._found_passes(filler).bundles
+        micro_batches = self.micro_batches(balanced(rows, self.global_rank, bundles), filler)
         self._prepare(micro_batches)
         # Ranks add their gradients up as a mean, hence the world size.
         share = denominator / self.trainer.world_size
@@ -107,8 +111,15 @@ class PolicyUpdates(RolloutEvaluation):
             rows: Of this rank.
             filler: A row that counts nothing.
         """
-        put = partial(collate, pad_token_id=self.pad_token_id, device=self.device)
-        plan = plan_micro_batches([len(row) for row in rows], self.max_tokens_per_microbatch)
+        passes = self._found_passes(filler)
+        put = partial(
+            collate,
+            passes=passes,
+            announce=self._announce,
+            pad_token_id=self.pad_token_id,
+            device=self.device,
+        )
+        plan = passes.plan(rows, self.max_tokens_per_microbatch)
         found = [put([rows[i] for i in chosen]) for chosen in plan] or [put([filler])]
         return self.in_step(found, lambda: put([filler]))
 
@@ -121,12 +132,10 @@ class PolicyUpdates(RolloutEvaluation):
         Returns:
             (b, T) of each.
         """
-        found = []
         with self.kl.policy.context(self):
-            for one in micro_batches:
-                self._announce(one)
-                found.append(reference_logprobs(self, one, temperature=self.sampling.temperature))
-        return found
+            return [
+                reference_logprobs(self, one, temperature=self.sampling.temperature) for one in micro_batches
+            ]
 
     def _prepare(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Compute what the updates need of the policies they start from, in place."""
@@ -135,10 +144,9 @@ class PolicyUpdates(RolloutEvaluation):
                 one.ref_logprobs = logprobs_bT
         if self.objective.top_entropy == 1:
             return
-        entropies = []
-        for one in micro_batches:
-            self._announce(one)
-            entropies.append(policy_entropy(self, one, temperature=self.sampling.temperature))
+        entropies = [
+            policy_entropy(self, one, temperature=self.sampling.temperature) for one in micro_batches
+        ]
         of_rank = [
             entropy_bT[one.mask.bool()].cpu()
             for one, entropy_bT in zip(micro_batches, entropies, strict=True)
@@ -150,7 +158,6 @@ class PolicyUpdates(RolloutEvaluation):
             one.policy_mask = one.mask * (entropy_bT >= threshold.to(entropy_bT.device))
 
     def _share_of_loss(self, micro_batch: MicroBatch, denominator: float, means: Means) -> Tensor:
-        self._announce(micro_batch)
         tokens = forward_policy(
             self,
             micro_batch,
@@ -160,9 +167,17 @@ class PolicyUpdates(RolloutEvaluation):
         add_update_means(means, tokens, self.policy_loss)
         return aggregate(self.loss(tokens), tokens.mask, over=self.objective.over, denominator=denominator)
 
-    def _announce(self, micro_batch: MicroBatch) -> None:
+    def _found_passes(self, filler: Row) -> Passes[Any]:
+        if self.passes is None:
+            self._announce([filler])
+            self.passes, why_not_cheaper = best_passes(self)
+            if why_not_cheaper:
+                rank_zero_info(why_not_cheaper)
+        return self.passes
+
+    def _announce(self, rows: Sequence[Row]) -> None:
         """Tell the adapter which rows come next."""
-        self.adapter.route([row.task for row in micro_batch.rows], [row.prompt for row in micro_batch.rows])
+        self.adapter.route([row.task for row in rows], [row.prompt for row in rows])
 
 
 def filler_of(batch: Any, pad_token_id: int) -> Row:

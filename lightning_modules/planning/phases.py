@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.grpo.losses import aggregate
 from lightning_modules.grpo.module import GRPOModule
-from lightning_modules.grpo.policy import MicroBatch, forward_policy, reference_logprobs
+from lightning_modules.grpo.policy import collate, forward_policy, reference_logprobs
 from lightning_modules.logprobs import completion_logits, token_logprobs
+from lightning_modules.planning.filled import filled_rows
 from lightning_modules.planning.ranks import Ranks
 from lightning_modules.planning.shapes import StepShape
 from lightning_modules.planning.tracker import Kind, PlainTracker, ShardedTracker, logits_and_caches
@@ -180,17 +181,9 @@ def _sft_loss(module: CausalLMModule, shape: StepShape) -> Tensor:
 
 def _grpo_loss(module: GRPOModule, shape: StepShape) -> Tensor:
     """What `GRPOModule` computes of a micro-batch, by its own loss."""
-    b, T = shape.rows_per_pass, shape.completion_tokens
-    input_ids, attention_mask = _rows(shape)
-    micro_batch = MicroBatch(
-        rows=[],
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        mask=torch.ones(b, T),
-        advantages=torch.ones(b),
-        sampler_logprobs=torch.zeros(b, T),
-        on_policy=torch.ones(b, dtype=torch.bool),
-    )
+    rows = filled_rows(module, shape.prompts, shape.group_size, shape.prompt_tokens, shape.completion_tokens)
+    assert module.passes is not None
+    micro_batch = collate(rows, module.passes, lambda _: None, pad_token_id=0, device=torch.device("cpu"))
     temperature, objective = module.sampling.temperature, module.objective
     if module.kl.in_loss:
         with module.kl.policy.context(module):
@@ -198,7 +191,7 @@ def _grpo_loss(module: GRPOModule, shape: StepShape) -> Tensor:
     tokens = forward_policy(
         module, micro_batch, temperature=temperature, entropy_gradient=objective.entropy_coef != 0
     )
-    return aggregate(module.loss(tokens), tokens.mask, over=objective.over, denominator=float(b * T))
+    return aggregate(module.loss(tokens), tokens.mask, over=objective.over, denominator=1.0)
 
 
 def _cache_shapes(config: Any, rows: int, shape: StepShape) -> set[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 from lightning_modules.adapters import Adapter
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.grpo.module import GRPOModule
+from lightning_modules.grpo.passes import best_passes
 from lightning_modules.planning.build import (
     build_optimizer,
     is_uniform,
@@ -28,11 +29,12 @@ from lightning_modules.planning.build import (
     shortened,
 )
 from lightning_modules.planning.communication import Traffic, data_parallel, sharded
+from lightning_modules.planning.filled import filled_rows
 from lightning_modules.planning.gpus import Gpu
 from lightning_modules.planning.phases import Phase, extended, grow, track
 from lightning_modules.planning.ranks import Ranks
 from lightning_modules.planning.report import RunPlan
-from lightning_modules.planning.shapes import StepShape, rows_per_pass
+from lightning_modules.planning.shapes import StepShape
 from lightning_modules.planning.sparse import PlannedSparseAdapter
 from lightning_modules.planning.tracker import fake_ranks, fake_tensors
 from lightning_modules.sft import SFTModule
@@ -71,9 +73,12 @@ def plan_run(
             f"model={type(module).__name__} cannot be planned: its step is not known. Plan SFTModule, GRPOModule, "
             "or a class derived from them."
         )
-    shape = step_shape(module, data, prompt_tokens, answer_tokens)
     config = read_config(module.source)
     adapters = _stages(module.adapter)
+    if isinstance(module, GRPOModule):
+        _make(module, adapters[""], config, ranks)
+        module.passes, _ = best_passes(module, tries=False)
+    shape = step_shape(module, data, prompt_tokens, answer_tokens)
     group = fake_ranks(ranks.devices) if ranks.strategy == "fsdp2" else nullcontext()
     with group:
         try:
@@ -172,13 +177,12 @@ def step_shape(
     if isinstance(module, GRPOModule):
         group_size, updates = module.num_generations, module.updates_per_rollout
         completion = module.sampling.max_new_tokens
-    width = prompt_tokens + completion
     return StepShape(
         prompts=prompts,
         group_size=group_size,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion,
-        rows_per_pass=rows_per_pass(prompts * group_size, width, int(module.max_tokens_per_microbatch)),
+        rows_per_pass=len(filled_rows(module, prompts, group_size, prompt_tokens, completion)),
         updates=updates,
     )
 

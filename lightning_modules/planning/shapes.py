@@ -39,17 +39,3 @@ class StepShape:
     def passes(self) -> int:
         """Micro-batches of an update."""
         return -(-self.rows // self.rows_per_pass)
-
-
-def rows_per_pass(rows: int, width: int, max_tokens: int) -> int:
-    """Rows of a full micro-batch, as `plan_micro_batches` groups rows of one length.
-
-    Args:
-        rows: All rows of a rank.
-        width: Tokens of each.
-        max_tokens: Budget of a micro-batch; a single longer row forms one of its own.
-
-    >>> rows_per_pass(32, 100, 1000)
-    10
-    """
-    return min(rows, max(1, max_tokens // width))

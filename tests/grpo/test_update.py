@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as lightning
@@ -12,26 +13,34 @@ import pytest
 import torch
 from fixed_rollouts import REWARDS, FixedGRPO, RecordGradients, first_gradients, loader
 from peft import LoraConfig
+from torch.nn.functional import pad
 
 from lightning_modules.grpo.advantages import group_advantages
 from lightning_modules.grpo.groups import groups_of, rows_of
 from lightning_modules.grpo.losses import aggregate, clipped_surrogate, kl_estimate
 from lightning_modules.grpo.objective import Objective
+from lightning_modules.grpo.passes import ChunkedPasses, SharedPasses, WholePasses
 from lightning_modules.grpo.policy import collate
 from lightning_modules.grpo.policy_losses import ClippedSurrogate
 from lightning_modules.grpo.reference import KL
 from lightning_modules.grpo.rollout import Scores
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
+from lightning_modules.microbatches import PaddedRows
 
 HERE = Path(__file__).parent
 
 
-def build(tiny_model, **options) -> FixedGRPO:
+PASSES = [WholePasses, ChunkedPasses, SharedPasses]
+
+
+def build(tiny_model, passes=None, **options) -> FixedGRPO:
     lightning.seed_everything(3, verbose=False)
     options.setdefault("adapter", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    return FixedGRPO(
+    module = FixedGRPO(
         rewards=[max], model=tiny_model, optimizer=lambda p: RecordGradients(p, lr=0.1), **options
     )
+    module.passes = passes and passes()
+    return module
 
 
 def gradients(tiny_model, uids=range(8), **options) -> list[torch.Tensor]:
@@ -84,36 +93,40 @@ def slow_gradients(tiny_model, uids, *, over, kl_coef, dead_groups, scale="popul
 @pytest.mark.parametrize("over", ["tokens", "sequences", "constant"])
 @pytest.mark.parametrize("dead_groups", ["keep", "renormalize"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
-def test_equals_the_slow_twin_that_computes_every_row(tiny_model, over, dead_groups, kl_coef):
-    """Dropping dead groups equals computing them."""
-    ours = gradients(tiny_model, objective=Objective(over=over, dead_groups=dead_groups), kl=KL(kl_coef))
+@pytest.mark.parametrize("passes", PASSES)
+def test_equals_the_slow_twin_that_computes_every_row(tiny_model, passes, over, dead_groups, kl_coef):
+    """Dropping dead groups equals computing them, and sharing prompts equals reading them again."""
+    objective = Objective(over=over, dead_groups=dead_groups)
+    ours = gradients(tiny_model, passes=passes, objective=objective, kl=KL(kl_coef))
     twin = slow_gradients(tiny_model, range(8), over=over, dead_groups=dead_groups, kl_coef=kl_coef)
     assert_equal(ours, twin)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 70, 10_000])
-def test_micro_batches_do_not_change_the_gradient(tiny_model, max_tokens):
+@pytest.mark.parametrize("passes", PASSES)
+def test_micro_batches_do_not_change_the_gradient(tiny_model, passes, max_tokens):
     one = gradients(tiny_model, max_tokens_per_microbatch=4096, kl=KL(0.1))
-    assert_equal(gradients(tiny_model, max_tokens_per_microbatch=max_tokens, kl=KL(0.1)), one)
+    other = gradients(tiny_model, passes=passes, max_tokens_per_microbatch=max_tokens, kl=KL(0.1))
+    assert_equal(other, one)
 
 
-def test_the_token_budget_really_splits_1x8_2x4_8x1(tiny_model, monkeypatch):
+@pytest.mark.parametrize(
+    ("passes", "budgets"), [(WholePasses, (10_000, 200, 1)), (SharedPasses, (10_000, 130, 1))]
+)
+def test_the_token_budget_really_splits_1x8_2x4_8x1(tiny_model, passes, budgets):
     """8 live rows: as one micro-batch of 8, two of 4, and eight of 1."""
-    from lightning_modules.grpo import updates
-
     sizes = []
-    plan = updates.plan_micro_batches
 
-    def recorded(lengths, max_tokens):
-        groups = plan(lengths, max_tokens)
-        sizes.append([len(group) for group in groups])
-        return groups
+    class Recorded(passes):
+        def plan(self, rows, max_tokens):
+            groups = super().plan(rows, max_tokens)
+            sizes.append([len(group) for group in groups])
+            return groups
 
-    monkeypatch.setattr(updates, "plan_micro_batches", recorded)
     uids = [2, 3, 6, 7]
     results = []
-    for budget in (10_000, 200, 1):
-        results.append(gradients(tiny_model, uids, max_tokens_per_microbatch=budget))
+    for budget in budgets:
+        results.append(gradients(tiny_model, uids, passes=Recorded, max_tokens_per_microbatch=budget))
     assert sizes == [[8], [4, 4], [1] * 8]
     for other in results[1:]:
         assert_equal(other, results[0])
@@ -123,20 +136,43 @@ def test_row_order_does_not_change_the_gradient(tiny_model):
     assert_equal(gradients(tiny_model, [5, 2, 7, 0, 3, 6, 1, 4]), gradients(tiny_model))
 
 
-def test_padding_does_not_change_the_gradient(tiny_model, monkeypatch):
-    plain = gradients(tiny_model)
-    from lightning_modules.grpo import policy
+class WiderWhole(ChunkedPasses):
+    """Seven more columns of padding on each side, filled with another token."""
 
-    pad = policy.pad_pairs
+    def pad(self, rows, *, pad_token_id, device):
+        got = super().pad(rows, pad_token_id=17, device=device)
+        completions = [row.token_ids for row in rows]
+        return PaddedRows(
+            pad(got.input_ids, (7, 7), value=23),
+            pad(got.attention_mask, (7, 7)),
+            pad(got.completion_mask, (0, 7)),
+            wider_positions(completions, got.completion_mask.shape[1] + 7),
+        )
 
-    def wider(prompts, completions, *, pad_token_id, device):
-        """Seven more columns of padding on each side, filled with another token."""
-        ids, attention, mask = pad(prompts, completions, pad_token_id=17, device=device)
-        ids = torch.nn.functional.pad(ids, (7, 7), value=23)
-        return ids, torch.nn.functional.pad(attention, (7, 7)), torch.nn.functional.pad(mask, (0, 7))
 
-    monkeypatch.setattr(policy, "pad_pairs", wider)
-    assert_equal(gradients(tiny_model), plain)
+class WiderShared(SharedPasses):
+    """The same, where prompts are shared."""
+
+    def pad(self, rows, *, pad_token_id, device):
+        got = super().pad(rows, pad_token_id=17, device=device)
+        completions = [row.token_ids for row in rows]
+        return replace(
+            got,
+            prompt_ids=pad(got.prompt_ids, (7, 0), value=23),
+            prompt_mask=pad(got.prompt_mask, (7, 0)),
+            completion_ids=pad(got.completion_ids, (0, 7), value=23),
+            completion_mask=pad(got.completion_mask, (0, 7)),
+            scored=wider_positions(completions, got.completion_mask.shape[1] + 7),
+        )
+
+
+def wider_positions(completions, width):
+    return torch.tensor([i * width + t for i, ids in enumerate(completions) for t in range(len(ids))])
+
+
+@pytest.mark.parametrize("wider", [WiderWhole, WiderShared])
+def test_padding_does_not_change_the_gradient(tiny_model, wider):
+    assert_equal(gradients(tiny_model, passes=wider), gradients(tiny_model))
 
 
 def test_gradient_checkpointing_and_full_fine_tuning(tiny_model):
@@ -197,13 +233,14 @@ def test_several_updates_per_rollout_follow_the_clipped_objective(tiny_model):
     rollout = twin.rollout(next(iter(loader(range(8)))), 2, twin.sampling)
     advantages_B = group_advantages(twin.score(rollout).total, 2, scale="population")
     every_row = rows_of(groups_of(rollout, advantages_B, 0), 0, lambda *_: True)
-    rows = collate(every_row, pad_token_id=0, device=twin.device)
+    rows = collate(every_row, WholePasses(), lambda rows: None, pad_token_id=0, device=twin.device)
+    inputs = WholePasses().pad(every_row, pad_token_id=0, device=twin.device)
     trained = [p for p in twin.parameters() if p.requires_grad]
 
     def logprobs():
         T = rows.mask.shape[1]
         return token_logprobs(
-            completion_logits(twin, rows.input_ids, rows.attention_mask, T, 1.0), rows.input_ids[:, -T:]
+            completion_logits(twin, inputs.input_ids, inputs.attention_mask, T, 1.0), inputs.input_ids[:, -T:]
         )
 
     old = logprobs().detach()
@@ -218,7 +255,9 @@ def test_several_updates_per_rollout_follow_the_clipped_objective(tiny_model):
         for p, g in zip(trained, torch.autograd.grad(loss, trained), strict=True):
             p.data -= 0.1 * g
     for ours, theirs in zip((p for p in module.parameters() if p.requires_grad), trained, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # weights up to 4 in float32
+        torch.testing.assert_close(
+            ours, theirs, atol=5e-5, rtol=1e-5
+        )  # three steps, weights up to 4, float32
 
 
 class Ratios(FixedGRPO):

@@ -42,6 +42,8 @@ _HOMES = {
     "TaskRouter": "lightning_modules.library.routers.fixed",
     "TruncatedImportance": "lightning_modules.grpo.objective",
     "UniformRouter": "lightning_modules.library.routers.fixed",
+    "VLLMEngineSampler": "lightning_modules.sampling.vllm_engine",
+    "VLLMSampler": "lightning_modules.sampling.vllm",
     "WeightsRouter": "lightning_modules.library.routers.fixed",
 }
 
@@ -77,6 +79,8 @@ __all__ = [
     "TaskRouter",
     "TruncatedImportance",
     "UniformRouter",
+    "VLLMEngineSampler",
+    "VLLMSampler",
     "WeightsRouter",
 ]
 

@@ -78,6 +78,11 @@ class SFTModule(CausalLMModule):
         assert self.model is not None
         self.sampler.bind(self.model, self.tokenizer)
 
+    def on_validation_start(self) -> None:
+        """Bring the sampler up to date here, where all ranks are: they may have different numbers of batches."""
+        self.sampler.sync(self.global_step, self.adapter.save)
+        super().on_validation_start()
+
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Tokenise answers and end each with the end token.
 

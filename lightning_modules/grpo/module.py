@@ -138,6 +138,11 @@ class GRPOModule(RolloutSteps):
                 self.resampling.check(self.num_generations, batch_size * self.trainer.world_size)
             self.print(self.plan(batch_size))
 
+    def on_validation_start(self) -> None:
+        """Bring the sampler up to date here, where all ranks are: they may have different numbers of batches."""
+        self.sampler.sync(self.global_step, self.adapter.save)
+        super().on_validation_start()
+
     def plan(self, prompts_per_rank: int) -> Plan:
         """Say what one step does.
 
@@ -173,6 +178,7 @@ class GRPOModule(RolloutSteps):
         """
         ids = self.encode_prompts(batch.prompts, room=sampling.max_new_tokens, uids=batch.uids)
         prompt_ids = [row for row in ids for _ in range(num_generations)]
+        self.sampler.sync(self.global_step, self.adapter.save)
         with self.generating():
             completions = self.sampler.generate(
                 prompt_ids,

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -113,7 +114,18 @@ class Sampler(ABC):
 
     @abstractmethod
     def bind(self, model: nn.Module, tokenizer: Any) -> None:
-        """Take the policy to sample from. Called once, before the first `generate`."""
+        """Take the policy to sample from. Called before the first `generate`, and again when training starts anew."""
+
+    def sync(self, version: int, save: Callable[[Path], None]) -> None:  # noqa: B027
+        """Make the policy that completions are drawn from that of the trainer.
+
+        Called on every rank before each rollout. Samplers that draw with the trainer's own model have nothing to do.
+
+        Args:
+            version: Optimiser updates so far. Equal numbers between two calls of `bind` are equal policies.
+            save: Writes what was learned as a folder: a PEFT folder, or a Hugging Face folder of all weights. A
+                collective under sharding: called on every rank or on none.
+        """
 
     @abstractmethod
     def generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_modules.grpo.audit import cuts_off
 from lightning_modules.grpo.estimators import GDPO
 from lightning_modules.grpo.reference import Snapshot
 from lightning_modules.grpo.steps import RolloutSteps
@@ -54,10 +55,9 @@ def check_settings(module: RolloutSteps, *, trains_base: bool) -> None:
 
 def warn_of_settings(module: RolloutSteps) -> None:
     """Say which settings bias the gradient."""
-    sampling = module.sampling
-    if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
+    if cuts_off(module.sampling):
         rank_zero_warn(
-            "sampling cuts off unlikely tokens (top_p, top_k or min_p), but training takes "
-            "log-probabilities of the whole distribution: a biased gradient. Set top_p: 1, top_k: 0 "
-            "and min_p: 0."
+            "sampling changes the distribution beyond its temperature (top_p, top_k, min_p or repetition_penalty), but "
+            "training takes log-probabilities of the whole one: a biased gradient. Set top_p: 1, top_k: 0, min_p: 0 "
+            "and repetition_penalty: 1."
         )

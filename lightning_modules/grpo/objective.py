@@ -89,6 +89,9 @@ class Objective:
         correction: Weights of the policy loss where sampler and trainer differ; None for none.
         off_policy_threshold: Leave out completions of negative advantage whose mean log-ratio of sampler to policy
             is above this, nats (DeepSeek-V3.2, arXiv 2512.02556, equation 9); None for none.
+        max_sampler_gap: Stop before the first update where sampler and trainer disagree by more than this on average,
+            nats per drawn token. Other kernels and bfloat16 make a few hundredths, another temperature or adapter
+            tenths. None does not look; nor is it looked where top_p and its like cut the sampler's distribution.
     """
 
     over: Literal["tokens", "sequences", "constant"] = "tokens"
@@ -98,6 +101,7 @@ class Objective:
     top_entropy: float = 1.0
     correction: Correction | None = None
     off_policy_threshold: float | None = None
+    max_sampler_gap: float | None = 0.2
 
     def __post_init__(self) -> None:
         if not 0 < self.top_entropy <= 1:
@@ -109,4 +113,8 @@ class Objective:
             raise ValueError(
                 f"objective.off_policy_threshold={self.off_policy_threshold} must be positive nats, or null for no "
                 "limit."
+            )
+        if self.max_sampler_gap is not None and not self.max_sampler_gap > 0:
+            raise ValueError(
+                f"objective.max_sampler_gap={self.max_sampler_gap} must be positive nats, or null not to look."
             )

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_modules.distributed import all_sum, gathered
+from lightning_modules.grpo.audit import check_gap, cuts_off, sampler_gap
 from lightning_modules.grpo.groups import Group, Row, balanced, rows_of
 from lightning_modules.grpo.losses import aggregate
 from lightning_modules.grpo.metrics import add_update_means, update_metric_names
@@ -51,6 +52,7 @@ class PolicyUpdates(RolloutEvaluation):
     updates_per_rollout: int
     max_tokens_per_microbatch: int
     passes: Passes[Any] | None = None
+    _audited = False
 
     def loss(self, tokens: Tokens) -> Tensor:
         """Return the loss of each token (b, T)."""
@@ -95,6 +97,7 @@ class PolicyUpdates(RolloutEvaluation):
         }[objective.over]
         bundles = self._found_passes(filler).bundles
         micro_batches = self.micro_batches(balanced(rows, self.global_rank, bundles), filler)
+        self._audit(micro_batches[0])
         self._prepare(micro_batches)
         # Ranks add their gradients up as a mean, hence the world size.
         share = denominator / self.trainer.world_size
@@ -136,6 +139,20 @@ class PolicyUpdates(RolloutEvaluation):
             return [
                 reference_logprobs(self, one, temperature=self.sampling.temperature) for one in micro_batches
             ]
+
+    def _audit(self, micro_batch: MicroBatch) -> None:
+        """Compare sampler and trainer on fresh rows, once; a collective."""
+        limit = self.objective.max_sampler_gap
+        if self._audited or limit is None or cuts_off(self.sampling):
+            return
+        with torch.no_grad():
+            logprobs_bT, _ = micro_batch.score(self, temperature=self.sampling.temperature)
+        fresh_bT = micro_batch.mask * micro_batch.on_policy[:, None]
+        gap = sampler_gap(logprobs_bT, micro_batch.sampler_logprobs, fresh_bT)
+        total, tokens = all_sum(self.trainer.strategy, gap).tolist()
+        if tokens:
+            check_gap(total / tokens, limit, type(self.sampler).__name__)
+            self._audited = True
 
     def _prepare(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Compute what the updates need of the policies they start from, in place."""

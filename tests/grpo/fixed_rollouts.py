@@ -5,11 +5,14 @@ What is under test stays real: the model, the losses, the update, the strategy.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from datamodules.batches import TextBatch
 from datamodules.loader import EvalLoader
 from lightning_modules import GRPOModule
+from lightning_modules.grpo.objective import Objective
 from lightning_modules.grpo.rollout import Rollout, Scores, repeat_rows
 from lightning_modules.sampling import Completions
 
@@ -23,6 +26,10 @@ def text_batch(uids) -> TextBatch:
 
 
 class FixedGRPO(GRPOModule):
+    def __init__(self, objective: Objective = Objective(), **kwargs) -> None:  # noqa: B008  frozen
+        # Nobody drew these completions, so no sampler knows their log-probabilities.
+        super().__init__(objective=replace(objective, max_sampler_gap=None), **kwargs)
+
     def rollout(self, batch, num_generations, sampling):
         prompt_ids = [
             ids for ids in self.encode_prompts(batch.prompts, room=16) for _ in range(num_generations)

@@ -28,6 +28,9 @@ class Rollout:
         completions: What the sampler returned (B).
         group_size: G.
         extra: Columns that reward functions added with `log_extra`, for the rollout table (B each).
+
+    Raises:
+        ValueError: If a completion is missing or empty, or has not one log-probability for each token.
     """
 
     batch: TextBatch
@@ -35,6 +38,21 @@ class Rollout:
     completions: Completions
     group_size: int
     extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tokens, logprobs = self.completions.token_ids, self.completions.logprobs
+        if not len(self.prompt_ids) == len(tokens) == len(logprobs):
+            raise ValueError(
+                f"The sampler returned {len(tokens)} completions and {len(logprobs)} lists of log-probabilities for "
+                f"{len(self.prompt_ids)} rows. It must return one of each per row, in their order."
+            )
+        for row, (ids, values) in enumerate(zip(tokens, logprobs, strict=True)):
+            if not ids or len(ids) != len(values):
+                raise ValueError(
+                    f"The sampler returned {len(ids)} tokens and {len(values)} log-probabilities for row {row} "
+                    f"({str(self.batch.prompts[row])[:60]!r}). It must return at least one token, the end token "
+                    "included, and a log-probability of each. The run can go on from its last checkpoint."
+                )
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

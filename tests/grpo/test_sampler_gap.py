@@ -30,6 +30,14 @@ class Silent(GenerateSampler):
         return replace(drawn, logprobs=[[float("nan")] * len(ids) for ids in drawn.token_ids])
 
 
+class Mute(GenerateSampler):
+    """Returns no token for the last row."""
+
+    def generate(self, *arguments, **options):
+        drawn = super().generate(*arguments, **options)
+        return replace(drawn, token_ids=[*drawn.token_ids[:-1], []])
+
+
 def spread(completions, completion_ids, **columns):
     return [sum(ids) % 97 for ids in completion_ids]
 
@@ -67,6 +75,11 @@ def test_another_policy_stops_the_run_before_the_first_update(tiny_model, sample
     message = rf"{sampler.__name__} says other log-probabilities .* {gap} nats apart on average"
     with pytest.raises(ValueError, match=message):
         train(tiny_model, sampler())
+
+
+def test_a_sampler_that_returns_no_token_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"0 tokens and \d+ log-probabilities for row 7 \('prompt"):
+        train(tiny_model, Mute())
 
 
 def test_null_does_not_look(tiny_model):

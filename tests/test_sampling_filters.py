@@ -116,44 +116,66 @@ def by_hand(**options) -> list[float]:
     if "repetition_penalty" in options:  # log-probabilities are negative
         p = [x ** options["repetition_penalty"] if SEEN[0, i] else x for i, x in enumerate(p)]
     p = [x / sum(p) for x in p]
+    order = sorted(range(len(p)), key=lambda i: -p[i])  # a penalty changes it
     if "top_k" in options:
-        p = p[: options["top_k"]]
+        order = order[: options["top_k"]]
     if "top_p" in options:
-        p = next(p[:n] for n in range(1, len(p) + 1) if sum(p[:n]) >= options["top_p"] - 1e-9)
+        total = sum(p[i] for i in order)
+        starts = [order[:n] for n in range(1, len(order) + 1)]
+        order = next(start for start in starts if sum(p[i] for i in start) / total >= options["top_p"] - 1e-9)
     if "min_p" in options:
-        p = [x for x in p if x >= options["min_p"] * p[0]]
-    return [x / sum(p) for x in p] + [0.0] * (len(PROBABILITIES) - len(p))
+        order = [i for i in order if p[i] >= options["min_p"] * p[order[0]]]
+    total = sum(p[i] for i in order)
+    return [x / total if i in order else 0.0 for i, x in enumerate(p)]
 
 
 @pytest.mark.parametrize("seeded", [True, False])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.6}, {"temperature": 3.0}, {"top_k": 4}, {"top_p": 0.72}, {"min_p": 0.25},
-     {"repetition_penalty": 1.5}, {"temperature": 2.0, "top_k": 7, "top_p": 0.9, "min_p": 0.4}],
+    ("options", "kept"),
+    [
+        ({}, 9), ({"temperature": 0.6}, 9), ({"temperature": 3.0}, 9), ({"top_k": 4}, 4), ({"top_p": 0.72}, 4),
+        ({"min_p": 0.25}, 5), ({"repetition_penalty": 1.5}, 9),
+        ({"temperature": 2.0, "top_k": 7, "top_p": 0.9, "min_p": 0.4}, 6),
+        ({"temperature": 2.0, "repetition_penalty": 1.8, "top_k": 7, "top_p": 0.9, "min_p": 0.6}, 4),
+    ],
 )  # fmt: skip
-def test_draws_follow_the_filtered_distribution(options, seeded):
+def test_draws_follow_the_filtered_distribution(options, kept, seeded):
     number = 20_000
     scores = sampling_scores(torch.tensor([PROBABILITIES]).log(), Sampling(**options), SEEN)
-    if seeded:
-        # A row for each seed: its first number, as if each were a row of its own.
-        drawn = draw_by(scores.expand(number, -1), own_uniforms(range(number), 1)[0])
+    if seeded:  # a row for each seed: its first number, as if each were a row of its own
+        uniform = own_uniforms(range(number), 1)[0]
     else:
-        torch.manual_seed(0)
-        drawn = torch.multinomial(scores.softmax(-1), number, replacement=True)[0]
+        uniform = torch.rand(number, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = draw_by(scores.softmax(-1).expand(number, -1), uniform)
     counts = torch.bincount(drawn, minlength=VOCABULARY).double()
     expected = torch.tensor(by_hand(**options), dtype=torch.float64)
-    kept = expected > 0
-    assert counts[~kept].sum() == 0
-    expected = number * expected[kept]
-    chi_square = ((counts[kept] - expected) ** 2 / expected).sum()
-    assert chi_square < LIMITS[int(kept.sum()) - 1]
+    assert (expected > 0).sum() == kept
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], number * expected[expected > 0]
+    assert ((counts - expected) ** 2 / expected).sum() < LIMITS[kept - 1]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 255, 256, 257, 700, 1024]), st.booleans())
+def test_draws_equal_a_search_in_the_whole_cumulated_distribution(seed, vocabulary, sparse):
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = (3 * torch.randn(4, vocabulary, generator=generator)).softmax(-1)
+    if sparse:  # as a filter leaves it, with whole blocks of nothing
+        left_out = torch.rand(4, vocabulary, generator=generator) < 0.99
+        left_out[torch.arange(4), torch.randint(vocabulary, (4,), generator=generator)] = False
+        probabilities = probabilities.masked_fill(left_out, 0.0)
+    uniform = torch.rand(4, generator=generator, dtype=torch.float64)
+    drawn = draw_by(probabilities, uniform)
+    for row, token, share in zip(probabilities.double(), drawn.tolist(), uniform.tolist(), strict=True):
+        before, end = row[:token].sum() / row.sum(), row[: token + 1].sum() / row.sum()
+        assert row[token] > 0
+        assert before - 1e-6 <= share < end + 1e-6
 
 
 def test_draws_take_the_extremes_and_never_a_token_that_is_left_out():
     scores = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     almost = 1 - 2**-24  # the largest that torch.rand returns
     for uniform, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (almost, 3)):
-        assert draw_by(scores, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
+        assert draw_by(scores.softmax(-1), torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
 
 
 def test_own_numbers_do_not_depend_on_other_rows():

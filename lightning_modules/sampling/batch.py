@@ -5,6 +5,7 @@ Shapes: B rows, S cached positions, V vocabulary. All rows end at the same colum
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ class RowBatch:
         width: Cached positions, S.
         pads_B: Padding of each row, int64.
         room: Positions that may be appended before rows change.
+        mask_of: Makes the attention mask of rows with this padding (B) and this many columns; the last axis is the
+            columns. None where attention needs none.
         seen_BV: Tokens that each row holds, where somebody wants to know.
         done_B: Rows that ended; by default none.
     """
@@ -92,22 +95,20 @@ class RowBatch:
         width: int,
         pads_B: Tensor,
         room: int,
+        mask_of: Callable[[Tensor, int], Tensor | None],
         seen_BV: Tensor | None = None,
         done_B: Tensor | None = None,
     ) -> None:
         self.rows, self.cache, self.width, self.pads_B, self.room = rows, cache, width, pads_B, room
-        self.seen_BV = seen_BV
+        self.mask_of, self.seen_BV = mask_of, seen_BV
         self.rows_B = torch.tensor(rows, device=pads_B.device)
         self.done_B = torch.zeros_like(pads_B, dtype=torch.bool) if done_B is None else done_B
-        self._mask_BS: Tensor | None = None
-        if bool(pads_B.any()):  # else attention is faster without one
-            columns_S = torch.arange(width + room, device=pads_B.device)
-            self._mask_BS = (columns_S >= pads_B[:, None]).long()
+        self._mask = mask_of(pads_B, width + room)
 
     def next_mask(self) -> Tensor | None:
-        """Count one more position, and return the mask of all (B, S); None where no row is padded."""
+        """Count one more position, and return the mask of all (..., S), if attention needs one."""
         self.width += 1
-        return None if self._mask_BS is None else self._mask_BS[:, : self.width]
+        return None if self._mask is None else self._mask[..., : self.width]
 
     def keep_live(self) -> RowBatch | None:
         """Return the rows that have not ended, without columns that are padding in all of them; None if all ended.
@@ -129,6 +130,7 @@ class RowBatch:
             self.width - first,
             self.pads_B[index_K] - first,
             self.room,
+            self.mask_of,
             None if self.seen_BV is None else self.seen_BV[index_K],
         )
 
@@ -146,6 +148,7 @@ class RowBatch:
             width,
             torch.cat([self.pads_B + width - self.width, other.pads_B + width - other.width]),
             self.room,
+            self.mask_of,
             seen_BV,
             torch.cat([self.done_B, other.done_B]),
         )

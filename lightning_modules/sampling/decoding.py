@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from lightning_modules.sampling.base import Completions, FinishReason, Sampling, StopStrings
 from lightning_modules.sampling.batch import RowBatch, RowCache
 from lightning_modules.sampling.filters import draw_by, own_uniforms, sampling_scores
+from lightning_modules.sampling.generate import core_model
 
 
 class Decoding:
@@ -34,7 +35,14 @@ class Decoding:
         ends: list[int],
     ) -> None:
         self._model, self._prompts, self._sampling = model, prompts, sampling
+        core = core_model(model)
+        assert core is not None
         device = next(model.parameters()).device
+        self._model_dtype = core.dtype
+        self._adds_mask = core._supports_attention_backend and core.config._attn_implementation in (
+            "sdpa",
+            "eager",
+        )
         self.limit = sampling.max_new_tokens
         self.widths = [len(ids) for ids in prompts]
         self._ends = torch.tensor(ends, dtype=torch.long, device=device)
@@ -80,7 +88,7 @@ class Decoding:
             for seen_V, row in zip(seen_DV, leaders, strict=True):
                 seen_V[torch.tensor(self._prompts[row], device=device)] = True
             seen_BV = seen_DV[members_B]
-        batch = RowBatch(rows, cache, width, pads_D[members_B], self.limit, seen_BV)
+        batch = RowBatch(rows, cache, width, pads_D[members_B], self.limit, self._mask_of, seen_BV)
         self._draw(batch, logits_DV[members_B])
         return batch
 
@@ -95,6 +103,21 @@ class Decoding:
             batch.cache,
         )
         self._draw(batch, logits_BV)
+
+    def _mask_of(self, pads_B: Tensor, columns: int) -> Tensor | None:
+        """Return the mask of single tokens over columns, of which the first are padding; None if none is needed.
+
+        Where the model's attention adds masks, one made for all steps (B, 1, 1, columns) saves making one in each.
+        On a CPU it also keeps torch from an implementation of grouped-query attention that is several times slower,
+        which it takes if there is no mask.
+        """
+        padding_BS = torch.arange(columns, device=pads_B.device) < pads_B[:, None]
+        if not bool(padding_BS.any()) and not (self._adds_mask and pads_B.device.type == "cpu"):
+            return None
+        if not self._adds_mask:
+            return (~padding_BS).long()
+        mask_B11S = torch.zeros_like(padding_BS, dtype=self._model_dtype)[:, None, None]
+        return mask_B11S.masked_fill(padding_BS[:, None, None], -torch.inf)
 
     def _forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: DynamicCache
@@ -115,15 +138,16 @@ class Decoding:
         rows_B = batch.rows_B
         length_B = self._length_N[rows_B]
         scores_BV = sampling_scores(logits_BV, self._sampling, batch.seen_BV)
+        probabilities_BV = scores_BV.softmax(-1)
         if self._sampling.temperature == 0:
             token_B = scores_BV.argmax(-1)
         elif self._uniform_TN is not None:
-            token_B = draw_by(scores_BV, self._uniform_TN[length_B.clamp(max=self.limit - 1), rows_B])
-        else:
-            token_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0]
-        chosen_B = scores_BV.gather(1, token_B[:, None])[:, 0]
+            token_B = draw_by(probabilities_BV, self._uniform_TN[length_B.clamp(max=self.limit - 1), rows_B])
+        else:  # torch.multinomial takes a random number for each token of the vocabulary
+            uniform_B = torch.rand(len(rows_B), dtype=torch.float64, device=rows_B.device)
+            token_B = draw_by(probabilities_BV, uniform_B)
         self._token_NT[rows_B, length_B] = token_B
-        self._logprob_NT[rows_B, length_B] = chosen_B - scores_BV.logsumexp(-1)
+        self._logprob_NT[rows_B, length_B] = probabilities_BV.gather(1, token_B[:, None])[:, 0].log()
         if batch.seen_BV is not None:
             batch.seen_BV.scatter_(1, token_B[:, None], True)
         live_B = ~batch.done_B

@@ -13,6 +13,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -71,7 +72,7 @@ class _SeededDraw(LogitsProcessor):  # type: ignore[misc]
         self._token = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn_B = draw_by(scores, self._uniform_TB[self._token])
+        drawn_B = draw_by(scores.float().softmax(-1), self._uniform_TB[self._token])
         self._token += 1
         return torch.full_like(scores, -torch.inf).scatter(1, drawn_B[:, None], 0.0)
 
@@ -117,7 +118,12 @@ class GenerateSampler(Sampler):
         seeds: Sequence[int] | None = None,
         groups: Sequence[int] | None = None,
     ) -> Completions:
-        """Draw one completion per row with the model in evaluation mode."""
+        """Draw one completion per row with the model in evaluation mode.
+
+        Raises:
+            ValueError: If a prompt is empty or does not fit the model's context together with its completion.
+        """
+        check_context(self._model, prompts, sampling.max_new_tokens)
         ends = end_tokens(self._model, self._tokenizer)
         with sampling_state(self._model):
             parts = []
@@ -143,7 +149,8 @@ class GenerateSampler(Sampler):
     ) -> Completions:
         device = next(self._model.parameters()).device
         pad = self._tokenizer.pad_token_id
-        pad = ends[0] if pad is None else pad
+        if pad is None:
+            pad = ends[0] if ends else 0
         width = max(map(len, prompts))
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
         attention_mask = torch.tensor(
@@ -166,7 +173,7 @@ class GenerateSampler(Sampler):
                 temperature=1.0,
                 top_k=0 if draws_itself else None,  # when sampling, None would become 50
                 top_p=1.0,
-                eos_token_id=ends,
+                eos_token_id=ends or None,
                 pad_token_id=pad,
             ),
             logits_processor=LogitsProcessorList(processors),
@@ -183,6 +190,38 @@ class GenerateSampler(Sampler):
             finish=finish,
             logprobs=logprobs,
         )
+
+
+def core_model(model: nn.Module) -> PreTrainedModel | None:
+    """Return the model of transformers inside adapters and wrappers, if there is one."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def check_context(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Check that prompts hold something and leave room for their completions.
+
+    Args:
+        model: A model of transformers, wrapped or not.
+        prompts: Token ids per row.
+        max_new_tokens: Room that a completion may need.
+
+    Raises:
+        ValueError: If a prompt is empty, or longer than the context less `max_new_tokens`.
+    """
+    core = core_model(model)
+    # Models without a table of positions have no such setting.
+    context = (
+        None if core is None else getattr(core.config.get_text_config(), "max_position_embeddings", None)
+    )
+    for row, ids in enumerate(prompts):
+        if not ids:
+            raise ValueError(f"prompts[{row}] is empty. Give at least one token.")
+        needed = len(ids) + max_new_tokens
+        if context is not None and needed > context:
+            raise ValueError(
+                f"prompts[{row}] has {len(ids)} tokens, and max_new_tokens={max_new_tokens}: {needed} do not fit the "
+                f"model's context of {context}. Lower max_new_tokens, or leave out long prompts."
+            )
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

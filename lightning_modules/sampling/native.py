@@ -13,13 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.sampling.base import Announce, Completions, Sampler, Sampling
 from lightning_modules.sampling.batch import RowBatch
 from lightning_modules.sampling.decoding import Decoding
-from lightning_modules.sampling.generate import GenerateSampler, end_tokens, sampling_state
+from lightning_modules.sampling.generate import (
+    GenerateSampler,
+    check_context,
+    core_model,
+    end_tokens,
+    sampling_state,
+)
 from lightning_modules.sharding import is_whole
 
 # Rows leave when at least one in so many has ended: leaving copies the cache of those that stay, about what one
@@ -115,24 +121,13 @@ class NativeSampler(Sampler):
         return ended * _SHARE >= rows or (ended > 0 and full)
 
     def _check(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
-        core = _core(self._model)
-        # Models without a table of positions have no such setting.
-        context = (
-            None if core is None else getattr(core.config.get_text_config(), "max_position_embeddings", None)
-        )
+        check_context(self._model, prompts, sampling.max_new_tokens)
         for row, ids in enumerate(prompts):
-            if not ids:
-                raise ValueError(f"prompts[{row}] is empty. Give at least one token.")
             needed = len(ids) + sampling.max_new_tokens
-            what = f"prompts[{row}] has {len(ids)} tokens, and max_new_tokens={sampling.max_new_tokens}: {needed}"
-            if context is not None and needed > context:
-                raise ValueError(
-                    f"{what} do not fit the model's context of {context}. Lower max_new_tokens, or leave out long "
-                    "prompts."
-                )
             if self.max_tokens is not None and needed > self.max_tokens:
                 raise ValueError(
-                    f"{what} for one row, over max_tokens={self.max_tokens}. Raise max_tokens to at least {needed}."
+                    f"prompts[{row}] has {len(ids)} tokens, and max_new_tokens={sampling.max_new_tokens}: {needed} "
+                    f"for one row, over max_tokens={self.max_tokens}. Raise max_tokens to at least {needed}."
                 )
 
     def _fall_back(
@@ -145,7 +140,7 @@ class NativeSampler(Sampler):
     ) -> Completions:
         if not self._warned:
             self._warned = True
-            name = type(_core(self._model) or self._model).__name__
+            name = type(core_model(self._model) or self._model).__name__
             warnings.warn(f"NativeSampler leaves {name} to GenerateSampler: {reason}.", stacklevel=3)
         rows = self.max_rows
         if self.max_tokens is not None and prompts:
@@ -171,14 +166,9 @@ def _share(
     return leaders, members
 
 
-def _core(model: nn.Module) -> PreTrainedModel | None:
-    """Return the model of transformers inside adapters and wrappers."""
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-
-
 def _why_unserved(model: nn.Module) -> str | None:
     """Return what keeps the decoding loop from a model, or None."""
-    core = _core(model)
+    core = core_model(model)
     if core is None:
         return "it is no model of transformers"
     if core.config.is_encoder_decoder:

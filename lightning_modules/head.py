@@ -12,6 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+CHUNK = 2**24
+"""Logits that are held at a time."""
+
 
 def scored_logprobs(
     hidden_NH: Tensor,
@@ -20,7 +23,7 @@ def scored_logprobs(
     ids_N: Tensor,
     *,
     temperature: float,
-    chunk: int = 2**24,
+    chunk: int = CHUNK,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each scored token and the entropy of the distribution that it comes from.

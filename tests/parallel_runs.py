@@ -196,7 +196,8 @@ def columns(folder: Path, *names: str) -> list[tuple[float, ...]]:
 
 def learned(folder: Path) -> dict[str, torch.Tensor]:
     """What the last checkpoint of a run holds."""
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    file = folder / "checkpoints" / "last.ckpt"
+    return torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from lightning_modules.grpo.correction import off_policy_rows
 from lightning_modules.grpo.estimators import Advantage, GroupAdvantage, Rewards
 from lightning_modules.grpo.losses import kl_estimate
 from lightning_modules.grpo.objective import Objective
+from lightning_modules.grpo.passes import best_passes
 from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
 from lightning_modules.grpo.policy import Tokens, switch_dropout_off
 from lightning_modules.grpo.policy_losses import ClippedSurrogate, PolicyLoss
@@ -150,6 +151,7 @@ class GRPOModule(RolloutSteps):
             prompts_per_rank: The DataModule's batch size.
         """
         assert self.model is not None
+        passes, _ = best_passes(self.model, tries=False)
         return Plan(
             prompts_per_rank=prompts_per_rank,
             world_size=self.trainer.world_size,
@@ -157,7 +159,7 @@ class GRPOModule(RolloutSteps):
             max_new_tokens=self.sampling.max_new_tokens,
             updates_per_rollout=self.updates_per_rollout,
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
-            vocab_size=self.text_config.vocab_size,
+            max_logits=passes.max_logits(self.max_tokens_per_microbatch, self.text_config.vocab_size),
             kv_bytes_per_token=kv_bytes_per_token(self.text_config, self.weights_dtype),
             resampling=self.resampling,
             **parameter_facts(self.model, self.trained_parameters()),

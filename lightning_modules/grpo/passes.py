@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.grpo.groups import Row
+from lightning_modules.head import CHUNK
 from lightning_modules.headless import can_chunk, chunked_logprobs
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
 from lightning_modules.microbatches import PaddedRows, pad_rows, plan_micro_batches
@@ -49,6 +50,15 @@ class Passes(ABC, Generic[Inputs]):
             Positions in `rows`.
         """
 
+    def max_logits(self, max_tokens: int, vocab_size: int) -> int:
+        """Return how many logits a pass holds at most.
+
+        Args:
+            max_tokens: Of a micro-batch.
+            vocab_size: Width of the logits.
+        """
+        return min(CHUNK, max_tokens * vocab_size)
+
     @abstractmethod
     def pad(self, rows: Sequence[Row], *, pad_token_id: int, device: torch.device) -> Inputs:
         """Return a micro-batch as tensors.
@@ -83,8 +93,8 @@ class Passes(ABC, Generic[Inputs]):
         """
 
 
-class WholePasses(Passes[PaddedRows]):
-    """Every row with its prompt, and the logits of all its completion tokens: serves any causal language model."""
+class PaddedPasses(Passes[PaddedRows]):
+    """Every row with its prompt."""
 
     def bundles(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Return each row alone."""
@@ -102,6 +112,14 @@ class WholePasses(Passes[PaddedRows]):
             pad_token_id=pad_token_id,
             device=device,
         )
+
+
+class WholePasses(PaddedPasses):
+    """Every row with its prompt, and the logits of all its completion tokens: serves any causal language model."""
+
+    def max_logits(self, max_tokens: int, vocab_size: int) -> int:
+        """Return those of all tokens."""
+        return max_tokens * vocab_size
 
     def logprobs(
         self,
@@ -122,7 +140,7 @@ class WholePasses(Passes[PaddedRows]):
         )
 
 
-class ChunkedPasses(WholePasses):
+class ChunkedPasses(PaddedPasses):
     """Every row with its prompt; the logits of a few tokens at a time. See `can_chunk`."""
 
     def logprobs(

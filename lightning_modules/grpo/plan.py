@@ -25,7 +25,7 @@ class Plan:
         max_new_tokens: Length limit of a completion.
         updates_per_rollout: Optimiser updates per rollout.
         max_tokens_per_microbatch: Token budget of one forward pass.
-        vocab_size: Width of the logits.
+        max_logits: Logits that a pass holds at most.
         kv_bytes_per_token: Key-value cache of one token.
         trainable: Parameters that are learned.
         frozen: Parameters that are not.
@@ -40,7 +40,7 @@ class Plan:
     max_new_tokens: int
     updates_per_rollout: int
     max_tokens_per_microbatch: int
-    vocab_size: int
+    max_logits: int
     kv_bytes_per_token: int
     trainable: int
     frozen: int
@@ -53,8 +53,7 @@ class Plan:
         rollouts = prompts * self.group_size
         moments = 2 * self.gradient_bytes
         cache = self.prompts_per_rank * self.group_size * self.max_new_tokens * self.kv_bytes_per_token
-        # At most every position of a micro-batch is scored: logits, their float32 copy and its gradient.
-        logits = 3 * 4 * self.max_tokens_per_microbatch * self.vocab_size
+        logits = 3 * 4 * self.max_logits  # themselves, their float32 copy and its gradient
         total = self.weight_bytes + self.gradient_bytes + moments + max(cache, logits)
         period = "step" if self.resampling is None else "draw"
         resampled = (

@@ -37,9 +37,17 @@ class ShardedSparseWeight(SparseWeight):
 
     Attributes:
         shard: The weight, sharded.
+
+    Raises:
+        ValueError: If the rows lie on the host and the ranks compute on GPUs.
     """
 
     def __init__(self, name: str, weight: DTensor, users: Sequence[nn.Module]) -> None:
+        if local(weight).device.type != weight.device_mesh.device_type:
+            raise ValueError(
+                "cpu_offload: true keeps base weights on the host, but a sparse adapter trains them in place. Set "
+                "cpu_offload: false in the strategy, or train a LoRA adapter."
+            )
         self.shard = weight
         first, end = local_rows(weight)
         row = weight[0].numel() if weight.dim() > 1 else 1

@@ -32,7 +32,7 @@ from lightning_modules.grpo.rewards import RewardFunction
 from lightning_modules.grpo.rollout import Rollout, Scores, repeat_rows, row_seeds
 from lightning_modules.grpo.scoring import Scoring, reward_names, score_completions, weighted_total
 from lightning_modules.grpo.steps import PATIENCE, RolloutSteps
-from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
+from lightning_modules.sampling import NativeSampler, Sampler, Sampling
 
 
 class GRPOModule(RolloutSteps):
@@ -59,7 +59,7 @@ class GRPOModule(RolloutSteps):
         scoring: Their weights, time-out, treatment of NaN, and the reward that counts as success.
         num_generations: G, completions per prompt, at least 2.
         sampling: How rollouts are drawn.
-        sampler: Who draws them; default `GenerateSampler`.
+        sampler: Who draws them; default `NativeSampler`.
         advantage: How rewards become advantages: a scale of `group_advantages` (`std`, `population`, `batch`,
             `none` for Dr. GRPO, `rloo`, `maxrl`), or an `Advantage` such as `OPO` or `GDPO`. Over all ranks.
         policy_loss: The policy term; default `ClippedSurrogate`, clip 0.2 on both sides.
@@ -98,7 +98,7 @@ class GRPOModule(RolloutSteps):
         self.answer = scoring.answer
         self.num_generations = num_generations
         self.sampling = sampling
-        self.sampler = sampler or GenerateSampler()
+        self.sampler = sampler or NativeSampler()
         self.advantage = GroupAdvantage(advantage) if isinstance(advantage, str) else advantage
         self.policy_loss = policy_loss or ClippedSurrogate()
         self.kl = kl

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from small_runs import write_run
+from small_runs import quiver, write_run
 from standin_server import StandIn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -254,7 +254,7 @@ def test_a_server_that_forgot_the_policy(standin, tiny_model):
 def test_an_adapter_that_the_server_rejects(standin, tiny_model, status, said, remedy):
     sampler, adapter = bound(standin, tiny_model)
     standin.changed["/v1/load_lora_adapter"] = lambda _: (status, {"error": {"message": said}})
-    with pytest.raises(ValueError, match=rf"refuses /v1/load_lora_adapter \({status}\): .*{remedy}"):
+    with pytest.raises(ValueError, match=rf"refuses the policy \({status}\): .*{remedy}"):
         sampler.sync(0, adapter.save)
     with pytest.raises(ValueError, match="generate before sync"):
         sampler.generate([[1]], SAMPLING)
@@ -342,22 +342,50 @@ def test_a_run_advances_its_versions_and_stops_with_a_message(
     sampler = {"class_path": "VLLMSampler", "init_args": {"url": "http://127.0.0.1:9", "max_retries": 0}}
     name = write_run(
         tiny_model,
-        init_args={"sampler": sampler, "chat_template": False, "num_val_generations": 1},
+        init_args={"sampler": sampler, "chat_template": False, "objective": {"max_sampler_gap": None}},
         max_steps=3,
     )
     here = ["fit", "-c", name, f"--model.sampler.init_args.url={standin.url}"]
-    assert main([*here, "--model.objective.max_sampler_gap=null"]) == 0
+    assert main(here) == 0
     loaded = [one["lora_name"].rsplit("-", 1)[1] for one in standin.asked("/v1/load_lora_adapter")]
     assert loaded[:3] == ["v0", "v1", "v2"]
     assert len({one["seed"] for one in standin.asked("/v1/completions") if "seed" in one}) > 6
     # Its log-probabilities are not the model's, which the audit finds before the first update.
     capfd.readouterr()
-    assert main(here) == 1
+    assert main([*here, "--model.objective.max_sampler_gap=0.2"]) == 1
     assert "VLLMSampler says other log-probabilities" in capfd.readouterr().err
     assert main(["fit", "-c", name]) == 1
     err = capfd.readouterr().err
     assert "quiver: error: The vLLM server at http://127.0.0.1:9 cannot be reached, after 1 attempts" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_one_rank_loads_and_every_rank_draws(standin, tiny_model, tmp_path, monkeypatch, strategy):
+    monkeypatch.chdir(tmp_path)
+    arguments = {"url": standin.url, "max_retries": 0, "sync_folder": str(tmp_path / "sync")}
+    sampler = {"class_path": "VLLMSampler", "init_args": arguments}
+    objective = {"max_sampler_gap": None}
+    options = {"sampler": sampler, "objective": objective, "chat_template": False}
+    name = write_run(
+        tiny_model, init_args=options, data={"batch_size": 1}, max_steps=2, devices=2, strategy=strategy
+    )
+    code, _, err = quiver("fit", "-c", name)
+    assert code == 0, err[-3000:]
+    loaded = [one["lora_name"] for one in standin.asked("/v1/load_lora_adapter")]
+    versions = [one.rsplit("-", 1)[1] for one in loaded]
+    assert versions == sorted(set(versions))
+    assert versions[:2] == ["v0", "v1"]
+    drawn = [one for one in standin.asked("/v1/completions") if "seed" in one]
+    assert {one["model"] for one in drawn} == set(loaded)
+    trained = [one["seed"] for one in drawn if one["model"] == loaded[0]]
+    assert len(trained) >= 4  # 2 ranks x 1 prompt x 2 completions
+    # The server is down for the next run, which all ranks end with one message.
+    standin.stop()
+    code, _, err = quiver("fit", "-c", name)
+    assert code == 1
+    assert "cannot be reached, after 1 attempts" in err
 
 
 def test_importing_quiver_imports_no_vllm():

@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -81,6 +82,7 @@ class PolicyFolderSampler(Sampler, Generic[Loaded]):
                     shutil.rmtree(base / self._policy, ignore_errors=True)
             except (ValueError, OSError) as error:
                 problem = error
+                shutil.rmtree(folder, ignore_errors=True)
         # A problem of rank 0 is everybody's: else the others would wait for it.
         loaded, problem = gathered((loaded, problem))[0]
         if problem is not None:
@@ -164,8 +166,9 @@ class PolicyFolderSampler(Sampler, Generic[Loaded]):
         """Forget the policy and remove its folder. Called at the end of the process."""
         if self._policy and self._folder is not None:
             shutil.rmtree(self._folder / self._policy, ignore_errors=True)
-            if self.sync_folder is None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+        if self.sync_folder is None and self._folder is not None:
+            with suppress(OSError):  # what else is in it is to be read
+                self._folder.rmdir()
         self._policy, self._version = "", None
 
     @abstractmethod

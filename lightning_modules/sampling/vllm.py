@@ -136,7 +136,10 @@ class VLLMSampler(PolicyFolderSampler[Served]):
             else:
                 client.load_weights(policy.name, policy.folder)
         except ServerError as error:
-            raise ValueError(f"{error} {_remedy(error, policy)}") from None
+            raise ValueError(
+                f"The vLLM server at {client.url} refuses the policy ({error.status}): {error.said} "
+                f"{_remedy(error, policy)}"
+            ) from None
         return served
 
     def adopt(self, loaded: Served) -> None:
@@ -184,9 +187,10 @@ class VLLMSampler(PolicyFolderSampler[Served]):
     def close(self) -> None:
         """Unload the policy, and end the server that the sampler started."""
         if self._server is not None:
-            if self._server.ended() is not None:
-                self._policy = ""  # leaves the folder, and in it the log to be read
+            died = self._server.ended() is not None
             self._server.stop()
+            if self.sync_folder is None and not died:
+                self._server.log.unlink(missing_ok=True)
         elif self._served is not None and self._served.is_adapter and self._policy:
             with suppress(OSError, ValueError):  # nothing depends on it any more
                 last = VLLMClient(self._served.url, timeout=5.0, max_retries=0, key=self._served.key)

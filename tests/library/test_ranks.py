@@ -115,14 +115,17 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tiny_model, tmp_path,
 
 
 def test_grpo_routes_the_rows_that_run(tiny_model, tmp_path, monkeypatch):
-    """Each forward pass of a rollout and of an update hears of as many rows as it has, and of the right tasks."""
+    """Each forward pass of a rollout and of an update hears of as many rows as it has, and of the right tasks.
+
+    Prompts tell their task; completions run on top of the prompts that were read just before.
+    """
     import lightning.pytorch as lightning
 
     from datamodules import MultiTaskDataModule
 
     monkeypatch.chdir(tmp_path)
     write_tasks()
-    heard = []
+    heard, continued = [], []
 
     def reward(prompts, completions, **columns):
         return [float(sum(map(ord, text)) % 5) for text in completions]
@@ -136,8 +139,11 @@ def test_grpo_routes_the_rows_that_run(tiny_model, tmp_path, monkeypatch):
 
     def see(model, inputs, arguments):
         ids = arguments["input_ids"] if "input_ids" in arguments else inputs[0]
-        if ids.shape[1] > 1:
-            texts = module.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        cache = arguments.get("past_key_values")
+        texts = module.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        if cache is not None and cache.get_seq_length():
+            continued.append((adapter.state.tasks, texts, heard[-1][0]))
+        elif ids[0].tolist() != list(range(1, 1 + ids.shape[1])):  # few tokens, to see what the model can do
             heard.append((adapter.state.tasks, texts))
 
     module.model.register_forward_pre_hook(see, with_kwargs=True)
@@ -151,6 +157,10 @@ def test_grpo_routes_the_rows_that_run(tiny_model, tmp_path, monkeypatch):
         assert len(tasks) == len(texts)
         assert all(f"{task} " in text for task, text in zip(tasks, texts, strict=True))
     assert len({tasks for tasks, _ in heard}) > 1
+    assert len(continued) > 4
+    for tasks, texts, of_prompts in continued:
+        assert len(tasks) == len(texts)
+        assert set(tasks) <= set(of_prompts)
     assert all(bool(layer.experts.B.detach()[e].any()) for layer in adapter.layers.values() for e in range(2))
 
 

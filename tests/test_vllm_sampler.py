@@ -345,6 +345,14 @@ def test_a_run_advances_its_versions_and_stops_with_a_message(
         init_args={"sampler": sampler, "chat_template": False, "objective": {"max_sampler_gap": None}},
         max_steps=3,
     )
+
+    def by_seed(path, content, own=standin.own):
+        status, body = own(path, content)
+        if path == "/v1/completions" and "seed" in content:  # rows that differ, so that there is an update
+            body["choices"][0]["token_ids"] = [50 + content["seed"] % 40, 51]
+        return status, body
+
+    standin.own = by_seed
     here = ["fit", "-c", name, f"--model.sampler.init_args.url={standin.url}"]
     assert main(here) == 0
     loaded = [one["lora_name"].rsplit("-", 1)[1] for one in standin.asked("/v1/load_lora_adapter")]

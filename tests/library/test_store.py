@@ -292,7 +292,7 @@ def test_a_file_that_is_removed_while_it_is_opened_is_named(library, monkeypatch
         return from_file(name, *arguments, **options)
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", too_late)
-    with pytest.raises(ValueError, match="adapter_model.safetensors is broken or cut off"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is broken or cut off"):
         library["first"].open()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.microbatches import PaddedRows
+
 
 def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Log-probability of each token: its logit minus the log-sum-exp, in float32.
@@ -77,3 +79,25 @@ def completion_logits(
         logits_to_keep=num_completion_tokens + 1,
     ).logits[:, :-1]
     return logits if temperature in (0.0, 1.0) else logits / temperature
+
+
+def whole_logprobs(
+    model: nn.Module, rows: PaddedRows, *, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and entropies of completions, with the logits of all of them.
+
+    Args:
+        model: A `transformers` causal language model, with or without adapter.
+        rows: B of them, with T completion tokens.
+        temperature: As in `completion_logits`.
+        entropy_gradient: Whether the entropy carries a gradient.
+
+    Returns:
+        Nats, float32 (B, T) each; what stands on padding does not count.
+    """
+    T = rows.completion_mask.shape[1]
+    logits_BTV = completion_logits(model, rows.input_ids, rows.attention_mask, T, temperature)
+    return (
+        token_logprobs(logits_BTV, rows.input_ids[:, -T:]),
+        token_entropy(logits_BTV if entropy_gradient else logits_BTV.detach()),
+    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_modules.grpo.groups import Row
 from lightning_modules.head import CHUNK
 from lightning_modules.headless import can_chunk, chunked_logprobs
-from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
+from lightning_modules.logprobs import whole_logprobs
 from lightning_modules.microbatches import PaddedRows, pad_rows, plan_micro_batches
 from lightning_modules.prefix import (
     Announce,
@@ -113,48 +113,41 @@ class PaddedPasses(Passes[PaddedRows]):
             device=device,
         )
 
+    def logprobs(
+        self,
+        model: nn.Module,
+        inputs: PaddedRows,
+        *,
+        temperature: float,
+        announce: Announce,
+        entropy_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one pass."""
+        announce(range(len(inputs.input_ids)))
+        return self._run(model, inputs, temperature=temperature, entropy_gradient=entropy_gradient)
+
+    @staticmethod
+    @abstractmethod
+    def _run(
+        model: nn.Module, rows: PaddedRows, *, temperature: float, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies (b, T) each."""
+
 
 class WholePasses(PaddedPasses):
     """Every row with its prompt, and the logits of all its completion tokens: serves any causal language model."""
+
+    _run = staticmethod(whole_logprobs)
 
     def max_logits(self, max_tokens: int, vocab_size: int) -> int:
         """Return those of all tokens."""
         return max_tokens * vocab_size
 
-    def logprobs(
-        self,
-        model: nn.Module,
-        inputs: PaddedRows,
-        *,
-        temperature: float,
-        announce: Announce,
-        entropy_gradient: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Run one pass."""
-        announce(range(len(inputs.input_ids)))
-        T = inputs.completion_mask.shape[1]
-        logits_bTV = completion_logits(model, inputs.input_ids, inputs.attention_mask, T, temperature)
-        return (
-            token_logprobs(logits_bTV, inputs.input_ids[:, -T:]),
-            token_entropy(logits_bTV if entropy_gradient else logits_bTV.detach()),
-        )
-
 
 class ChunkedPasses(PaddedPasses):
     """Every row with its prompt; the logits of a few tokens at a time. See `can_chunk`."""
 
-    def logprobs(
-        self,
-        model: nn.Module,
-        inputs: PaddedRows,
-        *,
-        temperature: float,
-        announce: Announce,
-        entropy_gradient: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Run one pass."""
-        announce(range(len(inputs.input_ids)))
-        return chunked_logprobs(model, inputs, temperature=temperature, entropy_gradient=entropy_gradient)
+    _run = staticmethod(chunked_logprobs)
 
 
 class SharedPasses(Passes[SharedRows]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import peft
@@ -18,6 +19,9 @@ from lightning_modules.sampling.vllm_client import VLLMClient
 from lightning_modules.sampling.vllm_server import VLLMServer, serve_command
 from lightning_modules.sources import resolve_model
 
+pytestmark = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-vllm"
+)
 CONTEXT = 128
 HOT = Sampling(max_new_tokens=12, temperature=0.7)
 

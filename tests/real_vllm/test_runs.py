@@ -7,10 +7,15 @@ import os
 import re
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from small_runs import start_quiver, write_run
 
+pytestmark = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-vllm"
+)
 STEPS = 3
 
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from datamodules.batches import Prompt
 from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
+from lightning_modules.lora import make_lean
 from lightning_modules.ranks import is_first_rank
 from lightning_modules.sharding import consolidated, copy_rows, read, sharded_like
 
@@ -150,8 +151,12 @@ class PeftAdapter(Adapter):
         self.reads_weights = not (plain_lora and config.init_lora_weights in (True, False, "gaussian"))
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Wrap `model` into a `PeftModel`; adapter weights are float32 whatever the base is."""
+        """Wrap `model` into a `PeftModel`; adapter weights are float32 whatever the base is.
+
+        Where the base is of half precision, plain LoRA computes in that precision (`lora_linear`).
+        """
         self._model: PeftModel = get_peft_model(model, self.config)
+        make_lean(self._model)
         adapted: nn.Module = self._model
         return adapted
 

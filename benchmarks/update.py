@@ -1,12 +1,13 @@
-"""Measures the policy update: plain padded rows, the LM head in chunks, the prompt forwarded once, and both.
+"""Measures the policy update: plain padded rows, with each trick alone, and with all.
 
     python benchmarks/update.py [--settings S1 S2 S3 S4] [--repeats 5]
 
 SmolLM2-135M in bfloat16 with LoRA r = 16 on all linear layers; log-probabilities of completions of 64 tokens, forward
-and backward pass, all rows of a setting in one micro-batch. Random tokens: time does not depend on them. Each
+and backward pass, all rows of a setting in one micro-batch. Random tokens: time does not depend on them. The tricks:
+the LM head in chunks, each prompt forwarded once, and LoRA in half precision (`lightning_modules.lora`). Each
 measurement runs in a process of its own, so that no way inherits the memory of another; the ways take turns. Prints
 versions, one JSON line for each way and setting (seconds are medians, memory is the peak that a process had resident
-beyond what the loaded model takes), and a table.
+beyond what the loaded model takes), and a table. A way that does not fit `--memory_gb` is named as such.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,10 +29,11 @@ RANK, COMPLETION_TOKENS = 16, 64
 SETTINGS = {"S1": (8, 4, 44), "S2": (16, 2, 445), "S3": (2, 16, 445), "S4": (2, 64, 44)}
 
 
-def load():
+def load(lean: bool):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from lightning_modules.lora import make_lean
     from lightning_modules.sources import resolve_model
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -39,7 +42,10 @@ def load():
     # What CausalLMModule does: without it a head that reads a slice copies its weights once per row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     config = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    return get_peft_model(model, config).eval()  # as in GRPO: no dropout
+    model = get_peft_model(model, config).eval()  # as in GRPO: no dropout
+    if lean:
+        make_lean(model)
+    return model
 
 
 def rows_of(setting: str) -> tuple[list[list[int]], list[list[int]]]:
@@ -87,30 +93,36 @@ def prefix_shared(model, prompts, completions):
         return token_logprobs(logits, ids[None])[0], token_entropy(logits.detach())[0]
 
     headless.scored_logprobs = at_once
-    return both(model, prompts, completions)
+    return shared_and_chunked(model, prompts, completions)
 
 
-def both(model, prompts, completions):
+def shared_and_chunked(model, prompts, completions):
     from lightning_modules.prefix import share_prompts, shared_logprobs
 
     rows = share_prompts(prompts, completions, pad_token_id=0, device=model.device)
     return shared_logprobs(model, rows, temperature=1.0)
 
 
-WAYS: dict[str, Callable] = {
-    "plain": plain,
-    "head chunked": head_chunked,
-    "prefix shared": prefix_shared,
-    "both": both,
+# name: (how log-probabilities are made, whether LoRA computes in half precision)
+WAYS: dict[str, tuple[Callable, bool]] = {
+    "plain": (plain, False),
+    "head chunked": (head_chunked, False),
+    "prefix shared": (prefix_shared, False),
+    "LoRA in half": (plain, True),
+    "all": (shared_and_chunked, True),
 }
 
 
-def measure(way: str, setting: str, repeats: int) -> dict[str, object]:
+def measure(way: str, setting: str, repeats: int, memory_gb: float) -> dict[str, object]:
     """Time updates in one way, in this process."""
     import torch
 
+    # A failed allocation can be caught; where memory is used up, the kernel ends processes.
+    limit = int(memory_gb * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.manual_seed(0)
-    model = load()
+    logprobs_of, lean = WAYS[way]
+    model = load(lean)
     trained = [p for p in model.parameters() if p.requires_grad]
     prompts, completions = rows_of(setting)
     before = resident_mb("VmRSS")
@@ -118,8 +130,13 @@ def measure(way: str, setting: str, repeats: int) -> dict[str, object]:
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        logprobs, _ = WAYS[way](model, prompts, completions)
-        logprobs.mean().backward()
+        try:
+            logprobs, _ = logprobs_of(model, prompts, completions)
+            logprobs.mean().backward()
+        except RuntimeError as error:
+            if "allocate" not in str(error):
+                raise
+            return {"seconds": [], "peak_mb": resident_mb("VmHWM") - before}
         seconds.append(time.perf_counter() - start)
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         for parameter in trained:
@@ -140,9 +157,18 @@ def resident_mb(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def in_own_process(way: str, setting: str, repeats: int) -> dict:
+def in_own_process(way: str, setting: str, repeats: int, memory_gb: float) -> dict:
     """Run this script once more for one measurement."""
-    arguments = ["--one", way, "--settings", setting, "--repeats", str(repeats)]
+    arguments = [
+        "--one",
+        way,
+        "--settings",
+        setting,
+        "--repeats",
+        str(repeats),
+        "--memory_gb",
+        str(memory_gb),
+    ]
     out = subprocess.run(
         [sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
@@ -155,10 +181,13 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1, help="How often the ways take turns.")
+    parser.add_argument("--memory_gb", type=float, default=20.0)
     parser.add_argument("--one", choices=list(WAYS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.settings[0], arguments.repeats)))
+        print(
+            json.dumps(measure(arguments.one, arguments.settings[0], arguments.repeats, arguments.memory_gb))
+        )
         return
     facts = {"threads": os.environ.get("OMP_NUM_THREADS"), "cores": os.cpu_count()}
     print(json.dumps(facts | {name: version(name) for name in ("torch", "transformers", "peft")}))
@@ -167,18 +196,23 @@ def main() -> None:
         found: dict[str, list[dict]] = {way: [] for way in WAYS}
         for _ in range(arguments.rounds):
             for way, results in found.items():
-                results.append(in_own_process(way, setting, arguments.repeats))
+                results.append(in_own_process(way, setting, arguments.repeats, arguments.memory_gb))
         base = None
         for way, results in found.items():
+            seconds = [second for result in results for second in result["seconds"]]
             summary = results[-1] | {
-                "seconds": statistics.median(second for result in results for second in result["seconds"]),
+                "seconds": statistics.median(seconds) if seconds else None,
                 "peak_mb": max(result["peak_mb"] for result in results),
             }
             print(json.dumps({"setting": setting, "way": way} | summary), flush=True)
-            base = base or summary["seconds"]
+            if not seconds:
+                table.append(f"{setting}  {way:14} does not fit {arguments.memory_gb:g} GB")
+                continue
+            if way == "plain":
+                base = summary["seconds"]
+            gain = f"{base / summary['seconds']:6.2f}x" if base else " " * 7
             table.append(
-                f"{setting}  {way:14} {summary['seconds']:8.2f} s {base / summary['seconds']:6.2f}x"
-                f" {summary['peak_mb']:8.0f} MB"
+                f"{setting}  {way:14} {summary['seconds']:8.2f} s {gain} {summary['peak_mb']:8.0f} MB"
             )
     print("\n".join(table))
 

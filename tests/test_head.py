@@ -89,17 +89,35 @@ def test_gradients_equal_those_of_the_plain_head(trained, entropy_gradient, chun
 
 @pytest.mark.parametrize("trained", [["hidden"], INPUTS])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_gradcheck_in_float64(trained, entropy_gradient):
-    tensors, ids = inputs(5, 3, 7, torch.float64)
+@pytest.mark.parametrize("block", [1, 7, 21])
+def test_gradcheck_in_float64(trained, entropy_gradient, block, monkeypatch):
+    monkeypatch.setattr("lightning_modules.head._BLOCK", block)
+    tensors, ids = inputs(6, 3, 7, torch.float64)
     leaves = [tensor.requires_grad_(name in trained) for name, tensor in tensors.items()]
 
     def both(hidden, weight, bias):
         found = scored_logprobs(
-            hidden, weight, bias, ids, temperature=1.3, chunk=14, entropy_gradient=entropy_gradient
+            hidden, weight, bias, ids, temperature=1.3, chunk=28, entropy_gradient=entropy_gradient
         )
         return found if entropy_gradient else found[0]
 
     assert gradcheck(both, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_confident_rows_keep_their_precision(dtype):
+    """Log-probabilities near 0, and small ones beside a large logit, against float64."""
+    logits = torch.tensor([[40.0, 25.0, 0.0, -30.0], [300.0, 298.0, -300.0, 0.0]])
+    ids = torch.tensor([0, 2])
+    leaf = logits.to(dtype).requires_grad_()
+    logprobs, entropy = scored_logprobs(leaf, torch.eye(4, dtype=dtype), None, ids, temperature=1.0)
+    logprobs.sum().backward()
+    exact = leaf.detach().double().requires_grad_()
+    every = exact.log_softmax(1)
+    every.gather(1, ids[:, None]).sum().backward()
+    torch.testing.assert_close(logprobs.double(), every.gather(1, ids[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(every.exp() * every).sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=2**-8, atol=1e-7)
 
 
 def test_the_entropy_carries_a_gradient_only_if_asked():

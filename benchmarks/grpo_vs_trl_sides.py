@@ -174,6 +174,7 @@ def quiver(options: argparse.Namespace, connection) -> None:
             parameters, lr=RATES[options.adapter], weight_decay=0.0, fused=True
         ),
         gradient_clip_val=CLIP_NORM,
+        max_tokens_per_microbatch=options.quiver_tokens,
     )
     trainer = lightning.Trainer(
         accelerator="gpu" if options.device == "cuda" else "cpu",

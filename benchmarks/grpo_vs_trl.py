@@ -144,6 +144,7 @@ def compare(options: argparse.Namespace) -> dict:
     pairs = list(zip(found["Quiver"], found["TRL"], strict=True))[1:]
     ours, theirs = (summary(found[name]) for name in ("Quiver", "TRL"))
     group_size, count, _ = sides.SETTINGS[options.setting]
+    ours["micro_batch_tokens"] = options.quiver_tokens
     theirs |= {
         "micro_batch": options.trl_micro_batch,
         "continuous_batching": options.trl_continuous_batching,

@@ -162,7 +162,6 @@ def compare(options: argparse.Namespace) -> dict:
         "prompt_tokens": statistics.median(a["prompt_tokens"] for a, _ in pairs) / (group_size * count),
         "new_tokens": options.new_tokens,
         "steps": options.steps,
-        "quiver_tokens": options.quiver_tokens,
         # Of neighbours in time, as the machine's speed drifts.
         "speedup": round(statistics.median(b["seconds"] / a["seconds"] for a, b in pairs), 2),
         "speedup_per_token": round(

@@ -72,8 +72,10 @@ def sampler(name: str) -> Callable[[Any], Run]:
 
     def prepare(options: Any) -> Run:
         from lightning_modules import sampling
+        from lightning_modules.attention import prefer_blocks
 
         model, tokenizer = load(options)
+        prefer_blocks(model)  # as CausalLMModule does
         group_size = SETTINGS[options.setting][0]
         rows = [ids for ids in prompts_of(options, tokenizer) for _ in range(group_size)]
         own = getattr(sampling, name)()

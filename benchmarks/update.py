@@ -4,8 +4,8 @@
 
 SmolLM2-135M in bfloat16 with LoRA r = 16 on all linear layers; log-probabilities of completions of 64 tokens, forward
 and backward pass, all rows of a setting in one micro-batch. Random tokens: time does not depend on them. The tricks:
-the LM head in chunks, each prompt forwarded once, and LoRA in half precision (`lightning_modules.lora`). Each
-measurement runs in a process of its own, so that no way inherits the memory of another; the ways take turns. Prints
+the LM head in chunks, each prompt forwarded once, LoRA in half precision (`lightning_modules.lora`), and attention in
+blocks (`lightning_modules.blocked_attention`). Each measurement runs in a process of its own, so that no way inherits the memory of another; the ways take turns. Prints
 versions, one JSON line for each way and setting (seconds are medians, memory is the peak that a process had resident
 beyond what the loaded model takes), and a table. A way that does not fit `--memory_gb` is named as such.
 """
@@ -29,10 +29,11 @@ RANK, COMPLETION_TOKENS = 16, 64
 SETTINGS = {"S1": (8, 4, 44), "S2": (16, 2, 445), "S3": (2, 16, 445), "S4": (2, 64, 44)}
 
 
-def load(lean: bool):
+def load(lean: bool, blocks: bool):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from lightning_modules.attention import prefer_blocks
     from lightning_modules.lora import make_lean
     from lightning_modules.sources import resolve_model
 
@@ -41,6 +42,8 @@ def load(lean: bool):
     )
     # What CausalLMModule does: without it a head that reads a slice copies its weights once per row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    if blocks:
+        prefer_blocks(model)
     config = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(model, config).eval()  # as in GRPO: no dropout
     if lean:
@@ -103,13 +106,14 @@ def shared_and_chunked(model, prompts, completions):
     return shared_logprobs(model, rows, temperature=1.0)
 
 
-# name: (how log-probabilities are made, whether LoRA computes in half precision)
-WAYS: dict[str, tuple[Callable, bool]] = {
-    "plain": (plain, False),
-    "head chunked": (head_chunked, False),
-    "prefix shared": (prefix_shared, False),
-    "LoRA in half": (plain, True),
-    "all": (shared_and_chunked, True),
+# name: (how log-probabilities are made, whether LoRA computes in half precision, whether attention runs in blocks)
+WAYS: dict[str, tuple[Callable, bool, bool]] = {
+    "plain": (plain, False, False),
+    "head chunked": (head_chunked, False, False),
+    "prefix shared": (prefix_shared, False, False),
+    "LoRA in half": (plain, True, False),
+    "attention in blocks": (plain, False, True),
+    "all": (shared_and_chunked, True, True),
 }
 
 
@@ -121,8 +125,8 @@ def measure(way: str, setting: str, repeats: int, memory_gb: float) -> dict[str,
     limit = int(memory_gb * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.manual_seed(0)
-    logprobs_of, lean = WAYS[way]
-    model = load(lean)
+    logprobs_of, lean, blocks = WAYS[way]
+    model = load(lean, blocks)
     trained = [p for p in model.parameters() if p.requires_grad]
     prompts, completions = rows_of(setting)
     before = resident_mb("VmRSS")
@@ -206,13 +210,13 @@ def main() -> None:
             }
             print(json.dumps({"setting": setting, "way": way} | summary), flush=True)
             if not seconds:
-                table.append(f"{setting}  {way:14} does not fit {arguments.memory_gb:g} GB")
+                table.append(f"{setting}  {way:19} does not fit {arguments.memory_gb:g} GB")
                 continue
             if way == "plain":
                 base = summary["seconds"]
             gain = f"{base / summary['seconds']:6.2f}x" if base else " " * 7
             table.append(
-                f"{setting}  {way:14} {summary['seconds']:8.2f} s {gain} {summary['peak_mb']:8.0f} MB"
+                f"{setting}  {way:19} {summary['seconds']:8.2f} s {gain} {summary['peak_mb']:8.0f} MB"
             )
     print("\n".join(table))
 

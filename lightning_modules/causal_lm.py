@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
+from lightning_modules.attention import prefer_blocks
 from lightning_modules.checkpoints import AdapterCheckpoints
 from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.hparams import plain_hparams
@@ -123,6 +124,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         # Without this a head that reads a slice of positions multiplies in batches, which on CPU copies the
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        prefer_blocks(base)
         self.adapter.source = self.source
         self.model = self._attach(base)
         # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.

@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lightning_modules.sampling.generate import (
     end_tokens,
     sampling_state,
 )
+from lightning_modules.sampling.packed import packed_weights
 from lightning_modules.sharding import is_whole
 
 # Rows leave when at least one in so many has ended: leaving copies the cache of those that stay, about what one
@@ -44,15 +46,18 @@ class NativeSampler(Sampler):
         max_rows: Rows that are decoded together; others wait until rows have ended. A prompt whose rows do not fit
             together is read again for the later ones.
         max_tokens: Limit of the cache: rows x (longest prompt among them + `max_new_tokens`). None sets none.
+        pack_weights: Whether a half-precision model on a CPU is drawn from by copies of its linear layers' weights,
+            which is faster and needs their memory once more. See `packed_weights`.
     """
 
-    def __init__(self, max_rows: int = 256, max_tokens: int | None = None) -> None:
+    def __init__(self, max_rows: int = 256, max_tokens: int | None = None, pack_weights: bool = True) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: must be at least 1.")
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"max_tokens={max_tokens}: must hold a prompt and a token, or be null.")
         self.max_rows = max_rows
         self.max_tokens = max_tokens
+        self.pack_weights = pack_weights
         self._warned = False
 
     def bind(self, model: nn.Module, tokenizer: Any) -> None:
@@ -82,7 +87,7 @@ class NativeSampler(Sampler):
         if reason is not None:
             return self._fall_back(reason, prompts, sampling, announce, seeds)
         ends = end_tokens(self._model, self._tokenizer)
-        with sampling_state(self._model):
+        with sampling_state(self._model), self._weights():
             run = Decoding(self._model, self._tokenizer, prompts, sampling, seeds, ends)
             # Longest first: what needs most memory comes first, and what comes later fits its width.
             waiting = deque(sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), prompts[row])))
@@ -102,6 +107,9 @@ class NativeSampler(Sampler):
                     run.step(batch)
                 batch = batch.keep_live()
         return run.completions(self._tokenizer)
+
+    def _weights(self) -> AbstractContextManager[None]:
+        return packed_weights(self._model) if self.pack_weights else nullcontext()
 
     def _admit(self, batch: RowBatch | None, waiting: deque[int], run: Decoding) -> list[int]:
         """Take the rows from `waiting` that fit beside those of `batch`."""

@@ -1,0 +1,185 @@
+"""Attention in blocks: against its formula, and as the attention of real architectures beside torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM as Auto
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
+
+from lightning_modules import attention, blocked_attention
+from lightning_modules.attention import BLOCKS, prefer_blocks
+
+HEADS, WIDTH, WIDTH_OF_VALUES = 6, 4, 5
+
+
+def formula(query, key, value, mask, scale):
+    groups = query.shape[1] // key.shape[1]
+    key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    scores = query @ key.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+def tensors(rows: int, queries: int, keys: int, key_heads: int, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(queries)
+    shapes = [
+        (rows, queries, HEADS, WIDTH),
+        (rows, keys, key_heads, WIDTH),
+        (rows, keys, key_heads, WIDTH_OF_VALUES),
+    ]
+    return [
+        torch.randn(shape, generator=draw, dtype=dtype).transpose(1, 2).requires_grad_() for shape in shapes
+    ]
+
+
+def causal(queries: int, keys: int) -> torch.Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+def masks(rows: int, queries: int, keys: int) -> dict[str, torch.Tensor | None]:
+    padded = causal(queries, keys).repeat(rows, 1, 1, 1)
+    padded[1, :, :, :2] = False
+    padded[1, :, :2, :3] = True  # queries that would see nothing
+    window = causal(queries, keys).triu(keys - queries - 1)[None, None]
+    by_head = causal(queries, keys).repeat(1, HEADS, 1, 1)
+    by_head[0, 1, 1:, 0] = False
+    return {"none": None, "padded": padded, "window": window, "by head": by_head}
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 8)])
+@pytest.mark.parametrize(("block", "at_once"), [(2**20, 128), (1, 1), (200, 2)])
+def test_values_and_gradients_are_those_of_the_formula(monkeypatch, key_heads, queries, keys, block, at_once):
+    monkeypatch.setattr(blocked_attention, "_BLOCK", block)
+    monkeypatch.setattr(blocked_attention, "_QUERIES", at_once)
+    rows = 3
+    for mask in masks(rows, queries, keys).values():
+        inputs = tensors(rows, queries, keys, key_heads)
+        found = blocked_attention.blocked_attention(*inputs, mask, 0.3)
+        expected = formula(*inputs, mask, 0.3)
+        torch.testing.assert_close(found, expected)
+        weights = torch.randn_like(expected)
+        of_found, of_expected = (torch.autograd.grad(one, inputs, weights) for one in (found, expected))
+        # Gradients of keys and values are added up in float32.
+        torch.testing.assert_close(of_found, of_expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_is_finite_and_changes_no_gradient_of_others():
+    query, key, value = inputs = tensors(2, 4, 4, 2)
+    mask = causal(4, 4).repeat(2, 1, 1, 1)
+    mask[0, :, :2] = False
+    output = blocked_attention.blocked_attention(query, key, value, mask, 0.5)
+    assert output.isfinite().all()
+    found = torch.autograd.grad(output[0, :, 2:].sum() + output[1].sum(), inputs)
+    seen = formula(query[:1, :, 2:], key[:1], value[:1], mask[:1, :, 2:], 0.5).sum()
+    seen = seen + formula(query[1:], key[1:], value[1:], mask[1:], 0.5).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(seen, inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_is_about_as_close_to_float32_as_the_eager_attention_of_transformers():
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 300, 64, generator=draw).bfloat16() for heads in (9, 3, 3)]
+    for one in inputs:
+        one.requires_grad_()
+    mask, weights = causal(300, 300)[None, None], torch.randn(2, 9, 300, 64, generator=draw)
+    exact = [one.detach().float().requires_grad_() for one in inputs]
+    truth = formula(*exact, mask, 0.125)
+    wanted = [truth, *torch.autograd.grad(truth, exact, weights)]
+
+    def errors(attend):
+        output = attend(*inputs, mask, 0.125)
+        found = [output, *torch.autograd.grad(output, inputs, weights.bfloat16())]
+        return [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+
+    for own, eager in zip(errors(blocked_attention.blocked_attention), errors(formula), strict=True):
+        assert own < 1.2 * eager < 0.012
+
+
+# ---------------------------------------------------------------------- in models
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2))
+
+
+def mistral() -> nn.Module:
+    config = MistralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, sliding_window=3)
+    return Auto.from_config(config)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0)
+    )
+
+
+def gradients(model, ids, mask):
+    logits = model(input_ids=ids, attention_mask=mask).logits.float()
+    (logits.log_softmax(-1)[..., 3] * mask).sum().backward()
+    found = torch.cat([parameter.grad.float().flatten() for parameter in model.parameters()])
+    model.zero_grad()
+    return logits.detach()[mask.bool()], found
+
+
+@pytest.mark.parametrize("make", [llama, mistral, gpt2])
+@pytest.mark.parametrize("padded", [True, False])
+def test_models_give_what_they_give_by_sdpa(monkeypatch, make, padded):
+    torch.manual_seed(0)
+    model = make().bfloat16().eval()
+    ids = torch.randint(1, 64, (3, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :4] = 0
+    expected = gradients(model, ids, mask)
+    prefer_blocks(model)
+    assert model.config._attn_implementation == BLOCKS
+    calls = []
+    plain = attention.blocked_attention
+    monkeypatch.setattr(attention, "blocked_attention", lambda *all_: calls.append(1) or plain(*all_))
+    found = gradients(model, ids, mask)
+    assert len(calls) == 2  # once a layer
+    for own, torchs in zip(found, expected, strict=True):
+        assert float((own - torchs).norm() / torchs.norm()) < 0.02
+    ids, mask = ids[:, :-1], mask[:, :-1]
+    with torch.no_grad():
+        cached = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        calls.clear()
+        model(
+            input_ids=ids[:, :1], attention_mask=mask.new_ones(3, 9), past_key_values=cached.past_key_values
+        )
+    assert not calls  # single tokens are left to sdpa
+
+
+def test_what_blocks_do_not_do_is_left_to_sdpa(monkeypatch):
+    def never(*_):
+        raise AssertionError("blocks were asked")
+
+    monkeypatch.setattr(attention, "blocked_attention", never)
+    layer = nn.Module()
+    layer.num_key_value_groups = 2
+    query, key, value = (torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
+    half = [one.bfloat16() for one in (query, key, value)]
+    added = torch.zeros(1, 1, 5, 5, dtype=torch.bfloat16)
+    attention._attend(layer, query, key, value, None)
+    attention._attend(layer, *half, added)
+    attention._attend(layer, *half, None, dropout=0.5)
+    attention._attend(layer, half[0][:, :, :1], *half[1:], None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention._attend(layer, *half, None)
+    with pytest.raises(AssertionError, match="asked"):
+        attention._attend(layer, *half, None)
+
+
+def test_float32_models_and_other_attentions_stay_as_they_are():
+    model = llama()
+    prefer_blocks(model)
+    assert model.config._attn_implementation == "sdpa"
+    model = llama().bfloat16()
+    model.set_attn_implementation("eager")
+    prefer_blocks(model)
+    assert model.config._attn_implementation == "eager"

@@ -5,9 +5,10 @@
 SmolLM2-135M in bfloat16 with LoRA r = 16 on all linear layers; log-probabilities of completions of 64 tokens, forward
 and backward pass, all rows of a setting in one micro-batch. Random tokens: time does not depend on them. The tricks:
 the LM head in chunks, each prompt forwarded once, LoRA in half precision (`lightning_modules.lora`), and attention in
-blocks (`lightning_modules.blocked_attention`). Each measurement runs in a process of its own, so that no way inherits the memory of another; the ways take turns. Prints
-versions, one JSON line for each way and setting (seconds are medians, memory is the peak that a process had resident
-beyond what the loaded model takes), and a table. A way that does not fit `--memory_gb` is named as such.
+blocks (`lightning_modules.blocked_attention`). Each measurement runs in a process of its own, so that no way inherits
+the memory of another; the ways take turns. Prints versions, one JSON line for each way and setting (seconds are
+medians, memory is the peak that a process had resident beyond what the loaded model takes), and a table. A way that
+does not fit `--memory_gb` is named as such.
 """
 
 from __future__ import annotations

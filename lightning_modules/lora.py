@@ -5,7 +5,6 @@ Shapes: N tokens, I and O features of the linear layer, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,15 +59,9 @@ def _compute(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and x A'."""
     output_NO = F.linear(input_NI, weight_OI, bias_O)
-    dtype = input_NI.dtype
-    return output_NO, _add(output_NO, input_NI, down_rI.to(dtype), up_Or.to(dtype).T, scaling)
-
-
-def _add(output_NO: Tensor, input_NI: Tensor, down_rI: Tensor, up_rO: Tensor, scaling: float) -> Tensor:
-    """Add s (x A') B' to a linear layer's output, and return x A'."""
-    low_Nr = F.linear(input_NI, down_rI).flatten(0, -2)
-    output_NO.view(-1, output_NO.shape[-1]).addmm_(low_Nr, up_rO, alpha=scaling)
-    return low_Nr
+    low_Nr = F.linear(input_NI, down_rI.to(input_NI.dtype)).flatten(0, -2)
+    output_NO.view(-1, output_NO.shape[-1]).addmm_(low_Nr, up_Or.to(low_Nr.dtype).T, alpha=scaling)
+    return output_NO, low_Nr
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -112,43 +105,20 @@ class LeanLoraLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the layer with its adapter."""
-        if args or kwargs or not self._is_lean(x.dtype, x.device):
+        factors = None if args or kwargs else self.lean_factors(x.dtype, x.device)
+        if factors is None:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        (name,) = self.active_adapters
         base = self.base_layer
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        return lora_linear(x, base.weight, base.bias, down, up, self.scaling[name])
+        return lora_linear(x, base.weight, base.bias, *factors)
 
-    def frozen_forward(self) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that is `forward` without gradients for as long as weights, adapter and mode stay.
-
-        It turns A and B into the base's type but once, and calls the base layer. None where it would be wrong.
-        """
-        weight = self.base_layer.weight
-        if not self._is_lean(weight.dtype, weight.device):
+    def lean_factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and s, if `lora_linear` by these does all that the layer does to such an input; else None."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         (name,) = self.active_adapters
-        scaling = self.scaling[name]
-        down_rI, up_Or = (
-            factors[name].weight.detach().to(weight.dtype) for factors in (self.lora_A, self.lora_B)
-        )
-        up_rO = up_Or.T
-
-        def forward(x: Tensor) -> Tensor:
-            output: Tensor = self.base_layer(x)
-            _add(output, x, down_rI, up_rO, scaling)
-            return output
-
-        return forward
-
-    def _is_lean(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Return whether `lora_linear` does the work for inputs of a type."""
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
-            return False
-        (name,) = self.active_adapters
         base = self.base_layer
-        return (
+        if (
             name in self.lora_A
             and name not in self.lora_variant
             and dtype in (torch.bfloat16, torch.float16)
@@ -158,7 +128,9 @@ class LeanLoraLinear(Linear):  # type: ignore[misc]
             and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))
             and not any(parameter.requires_grad for parameter in base.parameters())
             and not (base._forward_hooks or base._forward_pre_hooks)
-        )
+        ):
+            return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        return None
 
 
 def make_lean(model: nn.Module) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lightning_modules.lora import LeanLoraLinear
 
+_Forward = Callable[[Tensor], Tensor]
+
 _OPS = torch.ops.mkldnn
 _SUPPORTED = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
@@ -23,15 +25,23 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
     A product with 32 rows, a token for each, spends a third of its time on bringing weights into the order that the
     CPU multiplies in; `torch.compile` does so once when it freezes a model, by the operators that are used here. Plain
-    LoRA layers keep copies of their factors in half precision too. Outputs are the same to the bit.
+    LoRA layers multiply by W and A together. Outputs are the same to the bit.
 
     Takes the memory of the linear layers' weights once more. Layers in float32, in a sharded model, with a forward
     function of their own, or of any other class stay as they are, and so do all on a CPU without such products.
     """
-    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-    for module in model.modules():
-        if "forward" not in vars(module) and (forward := _packed(module)) is not None:
-            forwards[module] = forward
+    forwards: dict[nn.Module, _Forward] = {}
+    done: set[nn.Module] = set()  # linear layers that are part of a LoRA layer's forward function
+    for module in model.modules():  # a LoRA layer comes before those in it
+        if module in done or "forward" in vars(module):
+            continue
+        if isinstance(module, LeanLoraLinear) and can_pack(module.base_layer.weight):
+            weight = module.base_layer.weight
+            if (factors := module.lean_factors(weight.dtype, weight.device)) is not None:
+                forwards[module] = _packed_lora(weight, module.base_layer.bias, *factors)
+                done.update(module.modules())
+        elif type(module) is nn.Linear and can_pack(module.weight):
+            forwards[module] = _packed_linear(module.weight, module.bias)
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
     try:
@@ -39,14 +49,6 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for module in forwards:
             del vars(module)["forward"]
-
-
-def _packed(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    if type(module) is nn.Linear and can_pack(module.weight):
-        return _packed_linear(module.weight, module.bias)
-    if isinstance(module, LeanLoraLinear) and can_pack(module.base_layer.weight):
-        return module.frozen_forward()
-    return None
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -62,11 +64,26 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def _packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> _Forward:
     packed = _OPS._reorder_linear_weight(weight_OI)
 
     def forward(input_NI: Tensor) -> Tensor:
         output_NO: Tensor = _OPS._linear_pointwise(input_NI, packed, bias_O, "none", [], "")
         return output_NO
+
+    return forward
+
+
+def _packed_lora(
+    weight_OI: Tensor, bias_O: Tensor | None, down_rI: Tensor, up_Or: Tensor, scaling: float
+) -> _Forward:
+    dtype, outputs, r = weight_OI.dtype, len(weight_OI), len(down_rI)
+    bias = None if bias_O is None else torch.cat([bias_O, bias_O.new_zeros(r)])
+    both = _packed_linear(torch.cat([weight_OI, down_rI.to(dtype)]), bias)
+    up_rO = up_Or.to(dtype).T
+
+    def forward(input_NI: Tensor) -> Tensor:
+        output_NO, low_Nr = both(input_NI).flatten(0, -2).split([outputs, r], dim=-1)
+        return torch.addmm(output_NO, low_Nr, up_rO, alpha=scaling).view(*input_NI.shape[:-1], outputs)
 
     return forward

@@ -10,6 +10,7 @@ SmolLM2-135M-Instruct, 64 new tokens, temperature 1:
     S4      64 prompts of about 44 tokens, 2 completions of each
 
     generate          transformers' `generate`, as it is: it records no log-probabilities
+    compiled          the same with a static cache and a compiled step
     continuous        transformers' `generate_batch` (continuous batching)
     GenerateSampler   `generate` behind our Sampler seam: log-probabilities, and a seed for each row
     NativeSampler     our own loop, with the same

@@ -91,7 +91,7 @@ def sampler(name: str) -> Callable[[Any], Run]:
     return prepare
 
 
-def generate(options: Any) -> Run:
+def generate(options: Any, **settings: Any) -> Run:
     """The `generate` of transformers as it is: padded rows, a copy of the prompt for each completion."""
     import torch
 
@@ -106,11 +106,21 @@ def generate(options: Any) -> Run:
         output = model.generate(
             input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], do_sample=True, top_k=0,
             temperature=1.0, top_p=1.0, max_new_tokens=options.new_tokens, pad_token_id=tokenizer.pad_token_id,
+            **settings,
         )  # fmt: skip
         new = output[:, width:].tolist()
         return sum(ids.index(end) + 1 if end in ids else len(ids) for ids in new)
 
     return run
+
+
+def compiled(options: Any) -> Run:
+    """The same with a static cache and steps that torch compiles, in the run that does not count."""
+    from transformers import CompileConfig
+
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True  # transformers compiles on accelerators alone
+    return generate(options, cache_implementation="static", compile_config=everywhere)
 
 
 def continuous_batching(options: Any) -> Run:
@@ -161,6 +171,7 @@ def vllm(options: Any) -> Run:
 
 WAYS = {
     "generate": generate,
+    "compiled": compiled,
     "continuous": continuous_batching,
     "GenerateSampler": sampler("GenerateSampler"),
     "NativeSampler": sampler("NativeSampler"),

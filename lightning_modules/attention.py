@@ -1,4 +1,4 @@
-"""Which attention a model of transformers on a CPU uses."""
+"""Which attention a model of transformers uses on a CPU."""
 
 from __future__ import annotations
 
@@ -6,30 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from lightning_modules.blocked_attention import blocked_attention
 
-BLOCKS = "quiver_blocks"
-
-_HALF = (torch.bfloat16, torch.float16)
+_MARK = "_quiver_blocks"
 
 
 def prefer_blocks(model: PreTrainedModel) -> None:
-    """Let a half-precision model that uses transformers' `sdpa` use `blocked_attention` where that is faster.
+    """Let `blocked_attention` do for a model what it does faster of transformers' `sdpa`; see `_attend` for what.
 
-    That is on CPUs, where several queries are read, in training and in prompts. All else is left to `sdpa`.
+    The name of the model's attention stays: models look at it, and config files and pickles have it. Our function takes
+    the place of `sdpa` in transformers, and hands on what comes from layers of other models.
     """
-    if (
-        model.dtype in _HALF
-        and model._supports_attention_backend
-        and model.config._attn_implementation == "sdpa"
-    ):
-        AttentionInterface.register(BLOCKS, _attend)
-        AttentionMaskInterface.register(BLOCKS, sdpa_mask)
-        model.set_attn_implementation(BLOCKS)
+    AttentionInterface.register("sdpa", _attend)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):  # as the attention layers of transformers have it
+            setattr(module, _MARK, True)
 
 
 def _attend(
@@ -43,24 +37,27 @@ def _attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    T, S = query.shape[2], key.shape[2]
+    B, H, T, width = query.shape
     causal = attention_mask is None and (
         getattr(module, "is_causal", True) if is_causal is None else is_causal
     )
-    if (
-        T == 1  # reads each key once; torch is as fast
-        or query.device.type != "cpu"
-        or query.dtype not in _HALF
-        or dropout > 0
-        or torch.is_autocast_enabled("cpu")
-        or (attention_mask is not None and attention_mask.dtype != torch.bool)
-        or (causal and T != S)
-        or any(options.get(name) is not None for name in ("position_bias", "softcap", "cache"))
+    if not (
+        hasattr(module, _MARK)
+        and query.device.type == "cpu"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == key.dtype == value.dtype
+        and T > 1  # a single query reads each key once; torch is as fast
+        and len(key) == B
+        and H % key.shape[1] == 0
+        and dropout == 0
+        and not torch.is_autocast_enabled("cpu")
+        and (attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.dim() == 4))
+        and not (causal and key.shape[2] != T)  # torch means other positions
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "cache"))
     ):
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
         return output
-    mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril() if causal else attention_mask
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return blocked_attention(query, key, value, mask, scale).transpose(1, 2), None
+    scale = width**-0.5 if scaling is None else scaling
+    return blocked_attention(query, key, value, scale, attention_mask, causal=causal).transpose(1, 2), None

@@ -41,50 +41,42 @@ def lora_linear(
         The output (N, O), of the type of x.
     """
     if torch.is_grad_enabled():
-        output_NO: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        outputs = _LoraLinear.apply(  # type: ignore[no-untyped-call]
             input_NI, weight_OI, bias_O, down_rI, up_Or, scaling
         )
-        return output_NO
-    # A token of 32 rows takes as long in autograd's machinery as in both products.
-    return _compute(input_NI, weight_OI, bias_O, down_rI, up_Or, scaling)[0]
-
-
-def _compute(
-    input_NI: Tensor,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-    down_rI: Tensor,
-    up_Or: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the output and x A'."""
-    output_NO = F.linear(input_NI, weight_OI, bias_O)
-    low_Nr = F.linear(input_NI, down_rI.to(input_NI.dtype)).flatten(0, -2)
-    output_NO.view(-1, output_NO.shape[-1]).addmm_(low_Nr, up_Or.to(low_Nr.dtype).T, alpha=scaling)
-    return output_NO, low_Nr
+    else:  # A token of 32 rows takes as long in autograd's machinery as in both products.
+        outputs = _LoraLinear.forward(input_NI, weight_OI, bias_O, down_rI, up_Or, scaling)
+    output_NO: Tensor = outputs[0]
+    return output_NO
 
 
 class _LoraLinear(torch.autograd.Function):
     """See `lora_linear`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def forward(  # type: ignore[override]
         input_NI: Tensor,
         weight_OI: Tensor,
         bias_O: Tensor | None,
         down_rI: Tensor,
         up_Or: Tensor,
         scaling: float,
-    ) -> Tensor:
-        output_NO, low_Nr = _compute(input_NI, weight_OI, bias_O, down_rI, up_Or, scaling)
-        ctx.save_for_backward(input_NI, weight_OI, down_rI, up_Or, low_Nr)
-        ctx.scaling = scaling
-        return output_NO
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output and x A'."""
+        output_NO = F.linear(input_NI, weight_OI, bias_O)
+        low_Nr = F.linear(input_NI, down_rI.to(input_NI.dtype)).flatten(0, -2)
+        output_NO.view(-1, output_NO.shape[-1]).addmm_(low_Nr, up_Or.to(low_Nr.dtype).T, alpha=scaling)
+        return output_NO, low_Nr
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input_NI, weight_OI, _, down_rI, up_Or, ctx.scaling = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(input_NI, weight_OI, down_rI, up_Or, output[1])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, of_output_NO: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_output_NO: Tensor, _: None) -> tuple[Tensor | None, ...]:
         input_NI, weight_OI, down_rI, up_Or, low_Nr = ctx.saved_tensors
         needs_input, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
         of_input_NI = of_down_rI = of_up_Or = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -9,12 +11,12 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from lightning_modules import attention, blocked_attention
-from lightning_modules.attention import BLOCKS, prefer_blocks
+from lightning_modules.attention import prefer_blocks
 
 HEADS, WIDTH, WIDTH_OF_VALUES = 6, 4, 5
 
 
-def formula(query, key, value, mask, scale):
+def formula(query, key, value, scale, mask):
     groups = query.shape[1] // key.shape[1]
     key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
     scores = query @ key.mT * scale
@@ -58,8 +60,8 @@ def test_values_and_gradients_are_those_of_the_formula(monkeypatch, key_heads, q
     rows = 3
     for mask in masks(rows, queries, keys).values():
         inputs = tensors(rows, queries, keys, key_heads)
-        found = blocked_attention.blocked_attention(*inputs, mask, 0.3)
-        expected = formula(*inputs, mask, 0.3)
+        found = blocked_attention.blocked_attention(*inputs, 0.3, mask)
+        expected = formula(*inputs, 0.3, mask)
         torch.testing.assert_close(found, expected)
         weights = torch.randn_like(expected)
         of_found, of_expected = (torch.autograd.grad(one, inputs, weights) for one in (found, expected))
@@ -67,15 +69,52 @@ def test_values_and_gradients_are_those_of_the_formula(monkeypatch, key_heads, q
         torch.testing.assert_close(of_found, of_expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 8), (300, 310)])
+def test_causal_is_the_mask_of_that_name(queries, keys):
+    inputs = tensors(2, queries, keys, 2)
+    mask = causal(queries, keys).expand(2, 1, -1, -1)
+    found = blocked_attention.blocked_attention(*inputs, 0.3, causal=True)
+    expected = blocked_attention.blocked_attention(*inputs, 0.3, mask)
+    torch.testing.assert_close(found, expected)
+    of_found, of_expected = (torch.autograd.grad(one.sum(), inputs) for one in (found, expected))
+    torch.testing.assert_close(of_found, of_expected)
+
+
+def saved_bytes(run) -> int:
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _output = run()
+    return sum(kept.values())
+
+
+def test_what_is_kept_for_the_backward_pass_grows_with_the_length():
+    def kept(length: int) -> int:
+        inputs = tensors(1, length, length, 2)
+        return saved_bytes(lambda: blocked_attention.blocked_attention(*inputs, 0.3, causal=True))
+
+    assert kept(600) == 2 * kept(300) > 0
+
+
+def test_float16_scores_are_scaled_before_they_are_rounded():
+    query, key, value = (torch.full((1, 2, 4, 64), 40.0, dtype=torch.float16) for _ in range(3))
+    output = blocked_attention.blocked_attention(query, key, value, 0.125, causal=True)
+    torch.testing.assert_close(output, value)
+
+
 def test_a_query_that_sees_nothing_is_finite_and_changes_no_gradient_of_others():
     query, key, value = inputs = tensors(2, 4, 4, 2)
     mask = causal(4, 4).repeat(2, 1, 1, 1)
     mask[0, :, :2] = False
-    output = blocked_attention.blocked_attention(query, key, value, mask, 0.5)
+    output = blocked_attention.blocked_attention(query, key, value, 0.5, mask)
     assert output.isfinite().all()
     found = torch.autograd.grad(output[0, :, 2:].sum() + output[1].sum(), inputs)
-    seen = formula(query[:1, :, 2:], key[:1], value[:1], mask[:1, :, 2:], 0.5).sum()
-    seen = seen + formula(query[1:], key[1:], value[1:], mask[1:], 0.5).sum()
+    seen = formula(query[:1, :, 2:], key[:1], value[:1], 0.5, mask[:1, :, 2:]).sum()
+    seen = seen + formula(query[1:], key[1:], value[1:], 0.5, mask[1:]).sum()
     torch.testing.assert_close(found, torch.autograd.grad(seen, inputs), rtol=1e-5, atol=1e-6)
 
 
@@ -86,11 +125,11 @@ def test_half_precision_is_about_as_close_to_float32_as_the_eager_attention_of_t
         one.requires_grad_()
     mask, weights = causal(300, 300)[None, None], torch.randn(2, 9, 300, 64, generator=draw)
     exact = [one.detach().float().requires_grad_() for one in inputs]
-    truth = formula(*exact, mask, 0.125)
+    truth = formula(*exact, 0.125, mask)
     wanted = [truth, *torch.autograd.grad(truth, exact, weights)]
 
     def errors(attend):
-        output = attend(*inputs, mask, 0.125)
+        output = attend(*inputs, 0.125, mask)
         found = [output, *torch.autograd.grad(output, inputs, weights.bfloat16())]
         return [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
 
@@ -126,60 +165,104 @@ def gradients(model, ids, mask):
     return logits.detach()[mask.bool()], found
 
 
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """Hears of calls of the blocks."""
+    found: list = []
+    plain = attention.blocked_attention
+    monkeypatch.setattr(attention, "blocked_attention", lambda *a, **k: found.append(1) or plain(*a, **k))
+    return found
+
+
 @pytest.mark.parametrize("make", [llama, mistral, gpt2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padded", [True, False])
-def test_models_give_what_they_give_by_sdpa(monkeypatch, make, padded):
+def test_models_give_what_they_give_by_sdpa(calls, make, dtype, padded):
     torch.manual_seed(0)
-    model = make().bfloat16().eval()
-    ids = torch.randint(1, 64, (3, 9))
+    model = make().to(dtype).eval()
+    ids = torch.randint(1, 64, (3, 150))
     mask = torch.ones_like(ids)
     if padded:
-        mask[1, :4] = 0
+        mask[1, :140] = 0
     expected = gradients(model, ids, mask)
+    assert not calls
     prefer_blocks(model)
-    assert model.config._attn_implementation == BLOCKS
-    calls = []
-    plain = attention.blocked_attention
-    monkeypatch.setattr(attention, "blocked_attention", lambda *all_: calls.append(1) or plain(*all_))
     found = gradients(model, ids, mask)
     assert len(calls) == 2  # once a layer
     for own, torchs in zip(found, expected, strict=True):
         assert float((own - torchs).norm() / torchs.norm()) < 0.02
+    calls.clear()
+    gradients(make().to(dtype), ids, mask)  # another model
+    assert not calls
     ids, mask = ids[:, :-1], mask[:, :-1]
     with torch.no_grad():
         cached = model(input_ids=ids, attention_mask=mask, use_cache=True)
         calls.clear()
         model(
-            input_ids=ids[:, :1], attention_mask=mask.new_ones(3, 9), past_key_values=cached.past_key_values
+            input_ids=ids[:, :1], attention_mask=mask.new_ones(3, 150), past_key_values=cached.past_key_values
         )
     assert not calls  # single tokens are left to sdpa
 
 
-def test_what_blocks_do_not_do_is_left_to_sdpa(monkeypatch):
-    def never(*_):
-        raise AssertionError("blocks were asked")
+def test_gradient_checkpointing_gives_the_same_gradients(calls):
+    torch.manual_seed(0)
+    model = llama().bfloat16().train()
+    prefer_blocks(model)
+    ids = torch.randint(1, 64, (2, 20))
+    expected = gradients(model, ids, torch.ones_like(ids))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls.clear()
+    found = gradients(model, ids, torch.ones_like(ids))
+    assert len(calls) == 4
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
-    monkeypatch.setattr(attention, "blocked_attention", never)
+
+def test_name_and_pickle_know_nothing_of_it():
+    model = llama().bfloat16()
+    prefer_blocks(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert "quiver" not in model.config.to_json_string()
+    again = pickle.loads(pickle.dumps(model))
+    ids = torch.randint(1, 64, (2, 20))
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.rand(1, 1, 1, 5) < 0.7,
+        torch.rand(3, 1, 1, 5) < 0.7,
+        torch.rand(1, 4, 5, 5) < 0.7,
+        torch.rand(5, 5) < 0.7,
+    ],
+    ids=lambda mask: str(tuple(mask.shape)),
+)
+def test_masks_of_any_shape(mask):
+    layer = nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 2, True
+    mask = mask | (torch.arange(5) == 2)
+    half = [torch.randn(3, heads, 5, 8).bfloat16() for heads in (4, 2, 2)]
+    expected, _ = attention._attend(layer, *half, mask)
+    setattr(layer, attention._MARK, True)
+    torch.testing.assert_close(attention._attend(layer, *half, mask)[0], expected, rtol=0.02, atol=0.02)
+
+
+def test_what_blocks_do_not_do_is_left_to_sdpa(calls):
     layer = nn.Module()
     layer.num_key_value_groups = 2
-    query, key, value = (torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
+    setattr(layer, attention._MARK, True)
+    query, key, value = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
     half = [one.bfloat16() for one in (query, key, value)]
     added = torch.zeros(1, 1, 5, 5, dtype=torch.bfloat16)
     attention._attend(layer, query, key, value, None)
     attention._attend(layer, *half, added)
     attention._attend(layer, *half, None, dropout=0.5)
     attention._attend(layer, half[0][:, :, :1], *half[1:], None)
+    attention._attend(layer, half[0][:, :, :3], *half[1:], None)
+    attention._attend(layer, half[0], half[1][:1], half[2][:1], added > -1)
+    attention._attend(layer, *half, None, position_bias=added)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attention._attend(layer, *half, None)
-    with pytest.raises(AssertionError, match="asked"):
-        attention._attend(layer, *half, None)
-
-
-def test_float32_models_and_other_attentions_stay_as_they_are():
-    model = llama()
-    prefer_blocks(model)
-    assert model.config._attn_implementation == "sdpa"
-    model = llama().bfloat16()
-    model.set_attn_implementation("eager")
-    prefer_blocks(model)
-    assert model.config._attn_implementation == "eager"
+    assert not calls
+    attention._attend(layer, *half, None)
+    assert len(calls) == 1

@@ -65,8 +65,14 @@ def test_outputs_are_the_same_to_the_bit(lora, rows):
 def test_copies_end_with_the_block_even_if_that_fails():
     model = tiny(lora=True)
     ids = torch.ones(1, 3, dtype=torch.long)
-    with pytest.raises(RuntimeError, match="stop"), packed_weights(model):
-        raise RuntimeError("stop")
+
+    def fail():
+        with packed_weights(model):
+            del vars(model.get_output_embeddings())["forward"]  # as somebody does who replaces it for a while
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert not own_forwards(model)
     before = model(input_ids=ids).logits
     for parameter in model.parameters():
@@ -126,3 +132,11 @@ def test_the_sampler_draws_the_same_tokens_from_packed_weights(monkeypatch):
         assert len(calls) == 15
     assert drawn[0] == drawn[1]
     assert len(set(map(tuple, drawn[0].token_ids))) > 2
+
+
+@needs_bfloat16
+def test_gradients_are_off_meanwhile():
+    layer = nn.Linear(4, 4).bfloat16()
+    with packed_weights(layer):
+        assert not layer(torch.ones(1, 4, dtype=torch.bfloat16)).requires_grad
+    assert layer(torch.ones(1, 4, dtype=torch.bfloat16)).requires_grad

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lightning_modules.attention import BLOCKS
 from lightning_modules.sampling.base import Completions, FinishReason, Sampling, StopStrings
 from lightning_modules.sampling.batch import RowBatch, RowCache
 from lightning_modules.sampling.filters import draw_by, own_uniforms, sampling_scores
@@ -43,7 +42,6 @@ class Decoding:
         self._adds_mask = core._supports_attention_backend and core.config._attn_implementation in (
             "sdpa",
             "eager",
-            BLOCKS,
         )
         self.limit = sampling.max_new_tokens
         self.widths = [len(ids) for ids in prompts]

@@ -25,10 +25,11 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
     A product with 32 rows, a token for each, spends a third of its time on bringing weights into the order that the
     CPU multiplies in; `torch.compile` does so once when it freezes a model, by the operators that are used here. Plain
-    LoRA layers multiply by W and A together. Outputs are the same to the bit.
+    LoRA layers multiply by W and A together. Outputs are those of the plain layers; to the bit, where torch takes the
+    same product for those, as it does for contiguous inputs. Gradients are off meanwhile.
 
-    Takes the memory of the linear layers' weights once more. Layers in float32, in a sharded model, with a forward
-    function of their own, or of any other class stay as they are, and so do all on a CPU without such products.
+    Takes the memory of the linear layers' weights once more. Layers in float32, with a forward function of their own,
+    or of any other class stay as they are, and so do all on a CPU without such products.
     """
     forwards: dict[nn.Module, _Forward] = {}
     done: set[nn.Module] = set()  # linear layers that are part of a LoRA layer's forward function
@@ -42,13 +43,14 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
                 done.update(module.modules())
         elif type(module) is nn.Linear and can_pack(module.weight):
             forwards[module] = _packed_linear(module.weight, module.bias)
-    for module, forward in forwards.items():
-        vars(module)["forward"] = forward
     try:
-        yield
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        with torch.no_grad():
+            yield
     finally:
         for module in forwards:
-            del vars(module)["forward"]
+            vars(module).pop("forward", None)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from parallel_runs import finish, run, start, strategy_options, write_config
-from test_resume_ranks import assert_same, saved
+from same import assert_same
+from test_resume_ranks import saved
 
 from lightning_modules.cli import main
 

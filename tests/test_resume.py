@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 import yaml
+from same import assert_same
 
 from lightning_modules.cli import main
 
@@ -100,23 +101,6 @@ def metrics(folder) -> list[dict[str, str]]:
                 for row in csv.DictReader(lines)
             ]
     return rows
-
-
-def assert_same(ours, theirs, path="") -> None:
-    """Compare nested data; tensors bit for bit."""
-    assert type(ours) is type(theirs), path
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), path
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), path
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{path}.{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), path
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(a, b, f"{path}[{i}]")
-    else:
-        assert ours == theirs, path
 
 
 @pytest.mark.parametrize(

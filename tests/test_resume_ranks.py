@@ -14,6 +14,7 @@ from parallel_runs import (
     strategy_options,
     write_config,
 )
+from same import assert_same
 
 from lightning_modules.checkpoint_io import CompleteCheckpointIO
 from lightning_modules.cli import main
@@ -93,22 +94,6 @@ def test_two_processes_resume_bit_for_bit(strategy, tiny_model, tmp_path):
     assert len(one["rng_states"]) == 2
     loaders = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (one, two)]
     assert_same(*loaders)
-
-
-def assert_same(ours, theirs, path="") -> None:
-    """Compare nested data; tensors bit for bit."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), path
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), path
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{path}.{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), path
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(a, b, f"{path}[{i}]")
-    else:
-        assert ours == theirs, path
 
 
 def test_latest_goes_on_from_the_newest_checkpoint_and_starts_without_one(tiny_model, tmp_path, capsys):

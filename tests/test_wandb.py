@@ -31,6 +31,8 @@ def records(path):
             continue
         _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
         payload = data[offset + 7 : offset + 7 + length]
+        if len(payload) < length:
+            return  # W&B's own process is writing it
         offset += 7 + length
         parts = payload if kind in (1, 2) else parts + payload  # full, first; middle, last
         if kind in (1, 4):

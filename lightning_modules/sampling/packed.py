@@ -13,9 +13,9 @@ from lightning_modules.lora import LeanLoraLinear
 _Forward = Callable[[Tensor], Tensor]
 
 _OPS = torch.ops.mkldnn
-_SUPPORTED = {
-    torch.bfloat16: "_is_mkldnn_bf16_supported",
-    torch.float16: "_is_mkldnn_fp16_supported",
+_SUPPORTED: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: lambda: bool(_OPS._is_mkldnn_bf16_supported()),
+    torch.float16: lambda: bool(_OPS._is_mkldnn_fp16_supported()),
 }
 
 
@@ -23,8 +23,8 @@ _SUPPORTED = {
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Compute linear layers on a CPU from copies of their weights, which must not change meanwhile.
 
-    A product with 32 rows, a token for each, spends a third of its time on bringing weights into the order that the
-    CPU multiplies in; `torch.compile` does so once when it freezes a model, by the operators that are used here. Plain
+    A product with few rows, a token for each, spends much of its time on bringing weights into the order that the CPU
+    multiplies in; `torch.compile` does so once when it freezes a model, by the operators that are used here. Plain
     LoRA layers multiply by W and A together. Outputs are those of the plain layers; to the bit, where torch takes the
     same product for those, as it does for contiguous inputs. Gradients are off meanwhile.
 
@@ -61,7 +61,7 @@ def can_pack(weight: Tensor) -> bool:
         and type(weight.data) is Tensor
         and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
-        and bool(getattr(_OPS, supported)())
+        and supported()
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -28,10 +28,11 @@ def blocked_attention(
     """Return softmax(scale q k' where it is allowed to look) v.
 
     For half precision on CPUs, where `scaled_dot_product_attention` takes longer, most of it in the backward pass
-    (`benchmarks/update.py`). The query heads that share keys are rows of one matrix product, keys after the last one that a block
-    of queries may see are left out, and scores are made again in the backward pass, so that what is kept grows with
-    T + S. Scores are rounded to the inputs' type, as in the `eager` attention of transformers; the sums of a softmax
-    are float32. A query that may see nothing gets a mean of values that is of no use, and nothing should look at it.
+    (`benchmarks/update.py`). The query heads that share keys are rows of one matrix product, keys after the last one
+    that a block of queries may see are left out, and scores are made again in the backward pass, so that what is kept
+    grows with T + S. Scores are rounded to the inputs' type, as in the `eager` attention of transformers; the sums of a
+    softmax are float32. A query that may see nothing gets a mean of values that is of no use, and nothing should look
+    at it.
 
     Args:
         query_BHTD: Queries; H is a multiple of K.

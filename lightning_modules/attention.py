@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_modules.blocked_attention import blocked_attention
+from lightning_modules.blocked_attention import blocked_attention, single_query_attention
 
 _MARK = "_quiver_blocks"
 
@@ -46,13 +46,13 @@ def _attend(
         and query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.dtype == key.dtype == value.dtype
-        and T > 1  # a single query reads each key once; torch is as fast
         and len(key) == B
         and H % key.shape[1] == 0
         and dropout == 0
         and not torch.is_autocast_enabled("cpu")
-        and (attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.dim() == 4))
-        and not (causal and key.shape[2] != T)  # torch means other positions
+        and (attention_mask is None or attention_mask.dim() == 4)
+        and (T == 1 or attention_mask is None or attention_mask.dtype == torch.bool)
+        and not (T > 1 and causal and key.shape[2] != T)  # torch means other positions
         and all(options.get(name) is None for name in ("position_bias", "softcap", "cache"))
     ):
         output: tuple[Tensor, None] = sdpa_attention_forward(
@@ -60,4 +60,6 @@ def _attend(
         )
         return output
     scale = width**-0.5 if scaling is None else scaling
+    if T == 1:
+        return single_query_attention(query, key, value, scale, attention_mask).transpose(1, 2), None
     return blocked_attention(query, key, value, scale, attention_mask, causal=causal).transpose(1, 2), None

@@ -51,6 +51,30 @@ def blocked_attention(
     return output
 
 
+def single_query_attention(
+    query_BH1D: Tensor, key_BKSD: Tensor, value_BKSE: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return what `blocked_attention` does for one query in each row, as in decoding: a block needs no bounds.
+
+    Args:
+        query_BH1D: As there, with T = 1.
+        key_BKSD: As there.
+        value_BKSE: As there.
+        scale: As there.
+        mask: As there, or of the type of the queries: what is added to scores.
+
+    Returns:
+        (B, H, 1, E).
+    """
+    B, H, _, _ = query_BH1D.shape
+    # Keys of a cache with room for more have gaps between heads, by which a product with their transpose is slow.
+    scores_NQS = _scaled(_by_key_head(query_BH1D, key_BKSD), key_BKSD.contiguous().flatten(0, 1).mT, scale)
+    if mask is not None:
+        added = _added(mask, scores_NQS.dtype) if mask.dtype == torch.bool else mask
+        scores_NQS = (scores_NQS.view(B, H, 1, -1) + added).view(scores_NQS.shape)
+    return (scores_NQS.softmax(-1) @ value_BKSE.flatten(0, 1)).view(B, H, 1, -1)
+
+
 class _Blocks(torch.autograd.Function):
     """See `blocked_attention`."""
 
@@ -119,8 +143,13 @@ def _weights(query: Tensor, key: Tensor, allowed: Tensor | None, scale: float) -
     b, H, t, _ = query.shape
     scores_NQS = _scaled(_by_key_head(query, key), key.flatten(0, 1).mT, scale)
     if allowed is not None:
-        scores_NQS.view(b, H, t, -1).masked_fill_(~allowed, torch.finfo(scores_NQS.dtype).min)
+        scores_NQS.view(b, H, t, -1).add_(_added(allowed, scores_NQS.dtype))
     return scores_NQS.softmax(-1)
+
+
+def _added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what hides scores when it is added, which is faster than filling: finite, with scores added too."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min / 2)
 
 
 def _scaled(left_NIJ: Tensor, right_NJK: Tensor, scale: float) -> Tensor:

@@ -80,6 +80,34 @@ def test_causal_is_the_mask_of_that_name(queries, keys):
     torch.testing.assert_close(of_found, of_expected)
 
 
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_a_single_query_gives_what_the_formula_gives(key_heads):
+    query, key, value = inputs = tensors(3, 1, 8, key_heads)
+    mask = torch.rand(3, 1, 1, 8, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[:, :, :, 4] = True
+    added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    by_head = mask.repeat(1, HEADS, 1, 1)
+    by_head[1, 2, 0, :4] = False
+    # As a cache with room for more hands them out, and without gaps.
+    rooms = [
+        torch.cat([one, torch.full_like(one, 7.0)], dim=2).detach()[:, :, :8].requires_grad_()
+        for one in (key, value)
+    ]
+    for keys, values in ([key, value], rooms):
+        for given, meant in ((None, None), (mask, mask), (added, mask), (by_head, by_head)):
+            found = blocked_attention.single_query_attention(query, keys, values, 0.3, given)
+            expected = formula(query, keys, values, 0.3, meant)
+            torch.testing.assert_close(found, expected)
+            of_found, of_expected = (
+                torch.autograd.grad(one.square().sum(), (query, keys, values)) for one in (found, expected)
+            )
+            torch.testing.assert_close(of_found, of_expected)
+    one_block = blocked_attention.blocked_attention(*inputs, 0.3, mask)
+    torch.testing.assert_close(
+        blocked_attention.single_query_attention(*inputs, 0.3, mask), one_block, rtol=1e-6, atol=1e-6
+    )
+
+
 def saved_bytes(run) -> int:
     kept = {}
 
@@ -165,12 +193,24 @@ def gradients(model, ids, mask):
     return logits.detach()[mask.bool()], found
 
 
+@torch.no_grad()
+def next_logits(model, ids, mask):
+    """Logits after the last token, read by itself on top of a cache of the others."""
+    cache = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+    return model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache).logits.float()
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """Hears of calls of the blocks."""
+    """Hears of calls of the blocks, and of their twin for single queries."""
     found: list = []
-    plain = attention.blocked_attention
-    monkeypatch.setattr(attention, "blocked_attention", lambda *a, **k: found.append(1) or plain(*a, **k))
+
+    def hear(name):
+        plain = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, **k: found.append(name) or plain(*a, **k))
+
+    hear("blocked_attention")
+    hear("single_query_attention")
     return found
 
 
@@ -188,20 +228,17 @@ def test_models_give_what_they_give_by_sdpa(calls, make, dtype, padded):
     assert not calls
     prefer_blocks(model)
     found = gradients(model, ids, mask)
-    assert len(calls) == 2  # once a layer
+    assert calls == ["blocked_attention"] * 2  # once a layer
     for own, torchs in zip(found, expected, strict=True):
         assert float((own - torchs).norm() / torchs.norm()) < 0.02
     calls.clear()
-    gradients(make().to(dtype), ids, mask)  # another model
+    other = make().to(dtype).eval()  # is not touched
+    other.load_state_dict(model.state_dict())
+    gradients(other, ids, mask)
     assert not calls
-    ids, mask = ids[:, :-1], mask[:, :-1]
-    with torch.no_grad():
-        cached = model(input_ids=ids, attention_mask=mask, use_cache=True)
-        calls.clear()
-        model(
-            input_ids=ids[:, :1], attention_mask=mask.new_ones(3, 150), past_key_values=cached.past_key_values
-        )
-    assert not calls  # single tokens are left to sdpa
+    found, expected = (next_logits(one, ids, mask) for one in (model, other))
+    assert calls == ["blocked_attention"] * 2 + ["single_query_attention"] * 2
+    assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(calls):
@@ -257,7 +294,6 @@ def test_what_blocks_do_not_do_is_left_to_sdpa(calls):
     attention._attend(layer, query, key, value, None)
     attention._attend(layer, *half, added)
     attention._attend(layer, *half, None, dropout=0.5)
-    attention._attend(layer, half[0][:, :, :1], *half[1:], None)
     attention._attend(layer, half[0][:, :, :3], *half[1:], None)
     attention._attend(layer, half[0], half[1][:1], half[2][:1], added > -1)
     attention._attend(layer, *half, None, position_bias=added)
@@ -265,4 +301,6 @@ def test_what_blocks_do_not_do_is_left_to_sdpa(calls):
         attention._attend(layer, *half, None)
     assert not calls
     attention._attend(layer, *half, None)
-    assert len(calls) == 1
+    attention._attend(layer, half[0][:, :, :1], *half[1:], None)
+    attention._attend(layer, half[0][:, :, :1], *half[1:], added[:, :, :1])
+    assert calls == ["blocked_attention"] + ["single_query_attention"] * 2

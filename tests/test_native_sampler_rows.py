@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules import NativeSampler, RoutedAdapter, TaskRouter
-from lightning_modules.sampling import GenerateSampler, Sampling
+from lightning_modules.sampling import GenerateSampler, Sampling, batch, native
 
 TEXTS = ["a", "hello there, you", "what is 2 + 2?", "zz", "the end is near", "0123456789" * 3]
 GREEDY = Sampling(max_new_tokens=9, temperature=0.0)
@@ -134,6 +134,45 @@ def test_groups_keep_rows_of_equal_ids_apart(tiny, tokenizer, prompts, watch):
     watch.announced.clear()
     sampler.generate(rows, GREEDY, watch.announce, groups=[5, 5, 5, 8, 8, 8])
     assert watch.announced[0] == [0, 3]
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 90])
+def test_many_prompts_are_read_in_several_passes(tiny, tokenizer, prompts, watch, monkeypatch, at_once):
+    rows = [ids for ids in prompts for _ in range(3)]
+    expected = bound(NativeSampler(), tiny, tokenizer).generate(rows, HOT, watch.announce, seeds=range(18))
+    watch.passes.clear()
+    monkeypatch.setattr(native, "_PREFILL", at_once)
+    got = bound(NativeSampler(), tiny, tokenizer).generate(rows, HOT, watch.announce, seeds=range(18))
+    assert_same(got, expected)
+    reads = [(leaders, columns) for leaders, columns, cached in watch.passes if columns == cached]
+    assert len(reads) > 1
+    assert sorted(map(tuple, (rows[row] for leaders, _ in reads for row in leaders))) == sorted(
+        map(tuple, prompts)
+    )
+    assert all(len(leaders) * columns <= at_once or len(leaders) == 1 for leaders, columns in reads)
+    decoded = [announced for announced, columns, cached in watch.passes if columns < cached]
+    assert sorted(decoded[0]) == list(range(18))  # all together, once all are read
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_cache_hands_out_is_as_long_as_it_says_and_empty_behind(whole):
+    cache = batch.RowCache(whole)
+    states = torch.randn(2, 3, 50, 4) + 5
+    keys, values = cache.update(states[:, :, :10], -states[:, :, :10])
+    assert keys.shape[2] == values.shape[2] == 10  # a prompt is attended to as it is
+    for end in range(11, 51):
+        if end == 30:
+            cache.select(torch.tensor([1, 0]), 0)
+            states = states[[1, 0]]
+        promised = cache.columns(end)
+        keys, values = cache.update(states[:, :, end - 1 : end], -states[:, :, end - 1 : end])
+        assert keys.shape[2] == values.shape[2] == promised
+        assert cache.get_seq_length() == end
+        assert torch.equal(keys[:, :, :end], states[:, :, :end])
+        assert torch.equal(values[:, :, :end], -states[:, :, :end])
+        assert not keys[:, :, end:].any()
+        assert not values[:, :, end:].any()
+        assert keys.is_contiguous() or not whole
 
 
 @pytest.mark.parametrize("options", [{}, {"max_rows": 5}, {"max_tokens": 130}])

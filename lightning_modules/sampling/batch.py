@@ -5,7 +5,6 @@ Shapes: B rows, S cached positions, V vocabulary. All rows end at the same colum
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,42 +13,61 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_ROOM = 64
+_ROOM = 16  # what is copied each time it is full, against what attention reads in vain
 
 
 class RowCache(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer (B, heads, S, width), with room for more.
 
     The layer of transformers copies everything for every token. This one copies everything when the room is full.
+
+    Args:
+        whole: Whether attention gets the room too, zeros that a mask must hide: its products are slow on CPUs where
+            rows and heads do not follow one another without gaps.
     """
 
     keys: Tensor  # of all positions so far: the front part of the rooms
     values: Tensor
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, whole: bool = False, **options: Any) -> None:
         super().__init__(**options)
+        self._whole = whole
         self._rooms: list[Tensor] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append positions and return all."""
+        """Append positions and return all; those of a prompt, which come first, without room."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
+        if not start:
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
         end = start + key_states.shape[-2]
-        if not self._rooms or self._rooms[0].shape[-2] < end:
+        if self._room < end:
             self._rooms = [
                 new.new_empty(*new.shape[:-2], end + _ROOM, new.shape[-1])
                 for new in (key_states, value_states)
             ]
-            if start:
-                self._rooms[0][..., :start, :] = self.keys
-                self._rooms[1][..., :start, :] = self.values
+            self._rooms[0][..., :start, :] = self.keys
+            self._rooms[1][..., :start, :] = self.values
+            for room in self._rooms:
+                room[..., end:, :] = 0
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., start:end, :] = new
         self.keys, self.values = (room[..., :end, :] for room in self._rooms)
-        return self.keys, self.values
+        return (self._rooms[0], self._rooms[1]) if self._whole else (self.keys, self.values)
+
+    def columns(self, positions: int) -> int:
+        """Return how many columns attention gets when so many positions are cached."""
+        if not self._whole:
+            return positions
+        return self._room if positions <= self._room else positions + _ROOM
+
+    @property
+    def _room(self) -> int:
+        return self._rooms[0].shape[-2] if self._rooms else 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
@@ -81,9 +99,6 @@ class RowBatch:
         cache: With layers of the kind `RowCache`.
         width: Cached positions, S.
         pads_B: Padding of each row, int64.
-        room: Positions that may be appended before rows change.
-        mask_of: Makes the attention mask of rows with this padding (B) and this many columns; the last axis is the
-            columns. None where attention needs none.
         seen_BV: Tokens that each row holds, where somebody wants to know.
         done_B: Rows that ended; by default none.
     """
@@ -94,21 +109,19 @@ class RowBatch:
         cache: DynamicCache,
         width: int,
         pads_B: Tensor,
-        room: int,
-        mask_of: Callable[[Tensor, int], Tensor | None],
         seen_BV: Tensor | None = None,
         done_B: Tensor | None = None,
     ) -> None:
-        self.rows, self.cache, self.width, self.pads_B, self.room = rows, cache, width, pads_B, room
-        self.mask_of, self.seen_BV = mask_of, seen_BV
+        self.rows, self.cache, self.width, self.pads_B, self.seen_BV = rows, cache, width, pads_B, seen_BV
         self.rows_B = torch.tensor(rows, device=pads_B.device)
         self.done_B = torch.zeros_like(pads_B, dtype=torch.bool) if done_B is None else done_B
-        self._mask = mask_of(pads_B, width + room)
+        self.padded = bool(pads_B.any())
 
-    def next_mask(self) -> Tensor | None:
-        """Count one more position, and return the mask of all (..., S), if attention needs one."""
-        self.width += 1
-        return None if self._mask is None else self._mask[..., : self.width]
+    @property
+    def columns(self) -> int:
+        """How many columns attention gets, of which the first `width` count."""
+        columns: int = self.cache.layers[0].columns(self.width)
+        return columns
 
     def keep_live(self) -> RowBatch | None:
         """Return the rows that have not ended, without columns that are padding in all of them; None if all ended.
@@ -129,8 +142,6 @@ class RowBatch:
             self.cache,
             self.width - first,
             self.pads_B[index_K] - first,
-            self.room,
-            self.mask_of,
             None if self.seen_BV is None else self.seen_BV[index_K],
         )
 
@@ -147,8 +158,6 @@ class RowBatch:
             self.cache,
             width,
             torch.cat([self.pads_B + width - self.width, other.pads_B + width - other.width]),
-            self.room,
-            self.mask_of,
             seen_BV,
             torch.cat([self.done_B, other.done_B]),
         )

@@ -7,6 +7,7 @@ vocabulary. Cached rows end at the same column, so a row with less text has padd
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Decoding:
             "sdpa",
             "eager",
         )
+        self._whole_rooms = self._adds_mask and device.type == "cpu"
         self.limit = sampling.max_new_tokens
         self.widths = [len(ids) for ids in prompts]
         self._ends = torch.tensor(ends, dtype=torch.long, device=device)
@@ -57,14 +59,15 @@ class Decoding:
         if seeds and sampling.temperature > 0:
             self._uniform_TN = own_uniforms(seeds, self.limit).to(device)
 
-    def prefill(self, leaders: Sequence[int], rows: list[int], members: list[int]) -> RowBatch:
+    def prefill(self, shares: Sequence[list[int]]) -> RowBatch:
         """Read prompts, and draw the first token of their rows.
 
         Args:
-            leaders: A row of each distinct prompt (D).
-            rows: All rows of these prompts that are drawn now (B).
-            members: Position of each row's prompt in `leaders` (B).
+            shares: The rows of each distinct prompt (D) that are drawn now, B in all.
         """
+        leaders = [of_prompt[0] for of_prompt in shares]
+        rows = [row for of_prompt in shares for row in of_prompt]
+        members = [number for number, of_prompt in enumerate(shares) for _ in of_prompt]
         device = self._token_NT.device
         width = max(self.widths[row] for row in leaders)
         padded = [[0] * (width - self.widths[row]) + self._prompts[row] for row in leaders]
@@ -72,7 +75,7 @@ class Decoding:
         pads_D = width - self._width_N[torch.tensor(leaders, device=device)]
         columns_S = torch.arange(width, device=device)
         cache = DynamicCache()
-        cache.layer_class_to_replicate = RowCache
+        cache.layer_class_to_replicate = partial(RowCache, whole=self._whole_rooms)
         logits_DV = self._forward(
             ids_DS,
             (columns_S >= pads_D[:, None]).long() if bool(pads_D.any()) else None,
@@ -88,7 +91,7 @@ class Decoding:
             for seen_V, row in zip(seen_DV, leaders, strict=True):
                 seen_V[torch.tensor(self._prompts[row], device=device)] = True
             seen_BV = seen_DV[members_B]
-        batch = RowBatch(rows, cache, width, pads_D[members_B], self.limit, self._mask_of, seen_BV)
+        batch = RowBatch(rows, cache, width, pads_D[members_B], seen_BV)
         self._draw(batch, logits_DV[members_B])
         return batch
 
@@ -96,28 +99,30 @@ class Decoding:
         """Draw the next token of each row of a batch."""
         rows_B = batch.rows_B
         length_B = self._length_N[rows_B]
+        batch.width += 1
         logits_BV = self._forward(
             self._token_NT[rows_B, length_B - 1][:, None],
-            batch.next_mask(),
+            self._mask_of(batch),
             (self._width_N[rows_B] + length_B - 1)[:, None],
             batch.cache,
         )
         self._draw(batch, logits_BV)
 
-    def _mask_of(self, pads_B: Tensor, columns: int) -> Tensor | None:
-        """Return the mask of single tokens over columns, of which the first are padding; None if none is needed.
+    def _mask_of(self, batch: RowBatch) -> Tensor | None:
+        """Return the mask of single tokens over cached columns; None if none is needed.
 
-        Where the model's attention adds masks, one made for all steps (B, 1, 1, columns) saves making one in each.
-        On a CPU it also keeps torch from an implementation of grouped-query attention that is several times slower,
-        which it takes if there is no mask.
+        Where the model's attention adds masks (B, 1, 1, columns), making one here saves making it in each layer. On
+        CPUs it also hides the cache's room, and keeps torch from an implementation of grouped-query attention that
+        is several times slower, which it takes in float32 if there is no mask.
         """
-        padding_BS = torch.arange(columns, device=pads_B.device) < pads_B[:, None]
-        if not bool(padding_BS.any()) and not (self._adds_mask and pads_B.device.type == "cpu"):
+        if not batch.padded and not self._whole_rooms:
             return None
+        columns_S = torch.arange(batch.columns, device=batch.pads_B.device)
+        seen_BS = (columns_S >= batch.pads_B[:, None]) & (columns_S < batch.width)
         if not self._adds_mask:
-            return (~padding_BS).long()
-        mask_B11S = torch.zeros_like(padding_BS, dtype=self._model_dtype)[:, None, None]
-        return mask_B11S.masked_fill(padding_BS[:, None, None], -torch.inf)
+            return seen_BS.long()
+        mask_B11S = torch.zeros_like(seen_BS, dtype=self._model_dtype)[:, None, None]
+        return mask_B11S.masked_fill(~seen_BS[:, None, None], -torch.inf)
 
     def _forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: DynamicCache

@@ -33,6 +33,8 @@ from lightning_modules.sharding import is_whole
 # Rows leave when at least one in so many has ended: leaving copies the cache of those that stay, about what one
 # step with a concatenated cache costs.
 _SHARE = 8
+# Prompt tokens read in a pass: what a layer makes of more takes memory, and leaves the cache of a CPU.
+_PREFILL = 2048
 _NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 
 
@@ -94,11 +96,10 @@ class NativeSampler(Sampler):
             batch: RowBatch | None = None
             while waiting or batch:
                 fresh = self._admit(batch, waiting, run)
-                if fresh:
-                    leaders, members = _share(fresh, prompts, groups)
+                for shares in _passes(_share(fresh, prompts, groups), run.widths):
                     if announce is not None:
-                        announce(leaders)
-                    read = run.prefill(leaders, fresh, members)
+                        announce([rows[0] for rows in shares])
+                    read = run.prefill(shares)
                     batch = batch.join(read) if batch else read
                 assert batch is not None
                 if announce is not None:
@@ -160,18 +161,24 @@ class NativeSampler(Sampler):
 
 def _share(
     rows: Iterable[int], prompts: Sequence[list[int]], groups: Sequence[int] | None
-) -> tuple[list[int], list[int]]:
-    """Find rows of one prompt: the first row of each prompt (D), and the number of each row's prompt (B)."""
-    numbers: dict[tuple[int | None, tuple[int, ...]], int] = {}
-    leaders: list[int] = []
-    members: list[int] = []
+) -> list[list[int]]:
+    """Divide rows by their prompts."""
+    rows_of: dict[tuple[int | None, tuple[int, ...]], list[int]] = {}
     for row in rows:
         key = (None if groups is None else groups[row], tuple(prompts[row]))
-        if key not in numbers:
-            numbers[key] = len(leaders)
-            leaders.append(row)
-        members.append(numbers[key])
-    return leaders, members
+        rows_of.setdefault(key, []).append(row)
+    return list(rows_of.values())
+
+
+def _passes(shares: Sequence[list[int]], widths: Sequence[int]) -> list[list[list[int]]]:
+    """Divide prompts, the longest of which comes first, so that those of a pass are few tokens."""
+    passes: list[list[list[int]]] = []
+    for rows in shares:
+        if passes and (len(passes[-1]) + 1) * widths[passes[-1][0][0]] <= _PREFILL:
+            passes[-1].append(rows)
+        else:
+            passes.append([rows])
+    return passes
 
 
 def _why_unserved(model: nn.Module) -> str | None:

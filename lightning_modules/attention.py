@@ -50,8 +50,7 @@ def _attend(
         and H % key.shape[1] == 0
         and dropout == 0
         and not torch.is_autocast_enabled("cpu")
-        and (attention_mask is None or attention_mask.dim() == 4)
-        and (T == 1 or attention_mask is None or attention_mask.dtype == torch.bool)
+        and (attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.dim() == 4))
         and not (T > 1 and causal and key.shape[2] != T)  # torch means other positions
         and all(options.get(name) is None for name in ("position_bias", "softcap", "cache"))
     ):

@@ -30,9 +30,9 @@ def blocked_attention(
     For half precision on CPUs, where `scaled_dot_product_attention` takes longer, most of it in the backward pass
     (`benchmarks/update.py`). The query heads that share keys are rows of one matrix product, keys after the last one
     that a block of queries may see are left out, and scores are made again in the backward pass, so that what is kept
-    grows with T + S. Scores are rounded to the inputs' type, as in the `eager` attention of transformers; the sums of a
-    softmax are float32. A query that may see nothing gets a mean of values that is of no use, and nothing should look
-    at it.
+    grows with T + S. Scores are rounded to the inputs' type, as in the `eager` attention of transformers, but less that
+    of the first key; the sums of a softmax are float32. A query that may see nothing gets a mean of values that is of
+    no use, and nothing should look at it.
 
     Args:
         query_BHTD: Queries; H is a multiple of K.
@@ -61,18 +61,14 @@ def single_query_attention(
         key_BKSD: As there.
         value_BKSE: As there.
         scale: As there.
-        mask: As there, or of the type of the queries: what is added to scores.
+        mask: As there.
 
     Returns:
         (B, H, 1, E).
     """
-    B, H, _, _ = query_BH1D.shape
     # Keys of a cache with room for more have gaps between heads, by which a product with their transpose is slow.
-    scores_NQS = _scaled(_by_key_head(query_BH1D, key_BKSD), key_BKSD.contiguous().flatten(0, 1).mT, scale)
-    if mask is not None:
-        added = _added(mask, scores_NQS.dtype) if mask.dtype == torch.bool else mask
-        scores_NQS = (scores_NQS.view(B, H, 1, -1) + added).view(scores_NQS.shape)
-    return (scores_NQS.softmax(-1) @ value_BKSE.flatten(0, 1)).view(B, H, 1, -1)
+    weights_NQS = _weights(query_BH1D, key_BKSD.contiguous(), mask, scale)
+    return (weights_NQS @ value_BKSE.flatten(0, 1)).view(*query_BH1D.shape[:3], -1)
 
 
 class _Blocks(torch.autograd.Function):
@@ -141,15 +137,22 @@ def _by_key_head(of_queries: Tensor, key: Tensor) -> Tensor:
 def _weights(query: Tensor, key: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
     """Return what each query takes of each key's value (b K, H/K t, s)."""
     b, H, t, _ = query.shape
-    scores_NQS = _scaled(_by_key_head(query, key), key.flatten(0, 1).mT, scale)
+    query_NQD, key_NSD = _by_key_head(query, key), key.flatten(0, 1)
+    # A softmax ignores what is taken from all scores of a query, and what keys have in common is not rounded with it.
+    first_NQ1 = _scaled(query_NQD, key_NSD[:, :1].mT, scale)
+    scores_NQS = torch.baddbmm(first_NQ1, query_NQD, key_NSD.mT, beta=-1, alpha=scale)
     if allowed is not None:
-        scores_NQS.view(b, H, t, -1).add_(_added(allowed, scores_NQS.dtype))
+        _hide(scores_NQS.view(b, H, t, -1), ~allowed)
     return scores_NQS.softmax(-1)
 
 
-def _added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what hides scores when it is added, which is faster than filling: finite, with scores added too."""
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min / 2)
+def _hide(scores_bHts: Tensor, hidden: Tensor) -> None:
+    """Make scores the least there is; finite, for a query that may see nothing."""
+    least = torch.finfo(scores_bHts.dtype).min
+    if scores_bHts.dtype == torch.bfloat16:  # has room for a sum, which is faster than filling
+        scores_bHts.add_(torch.zeros_like(hidden, dtype=scores_bHts.dtype).masked_fill_(hidden, least / 2))
+    else:
+        scores_bHts.masked_fill_(hidden, least)
 
 
 def _scaled(left_NIJ: Tensor, right_NJK: Tensor, scale: float) -> Tensor:

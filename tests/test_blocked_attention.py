@@ -85,7 +85,6 @@ def test_a_single_query_gives_what_the_formula_gives(key_heads):
     query, key, value = inputs = tensors(3, 1, 8, key_heads)
     mask = torch.rand(3, 1, 1, 8, generator=torch.Generator().manual_seed(0)) < 0.7
     mask[:, :, :, 4] = True
-    added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
     by_head = mask.repeat(1, HEADS, 1, 1)
     by_head[1, 2, 0, :4] = False
     # As a cache with room for more hands them out, and without gaps.
@@ -94,18 +93,21 @@ def test_a_single_query_gives_what_the_formula_gives(key_heads):
         for one in (key, value)
     ]
     for keys, values in ([key, value], rooms):
-        for given, meant in ((None, None), (mask, mask), (added, mask), (by_head, by_head)):
-            found = blocked_attention.single_query_attention(query, keys, values, 0.3, given)
-            expected = formula(query, keys, values, 0.3, meant)
+        for allowed in (None, mask, by_head):
+            found = blocked_attention.single_query_attention(query, keys, values, 0.3, allowed)
+            expected = formula(query, keys, values, 0.3, allowed)
             torch.testing.assert_close(found, expected)
             of_found, of_expected = (
                 torch.autograd.grad(one.square().sum(), (query, keys, values)) for one in (found, expected)
             )
             torch.testing.assert_close(of_found, of_expected)
-    one_block = blocked_attention.blocked_attention(*inputs, 0.3, mask)
-    torch.testing.assert_close(
-        blocked_attention.single_query_attention(*inputs, 0.3, mask), one_block, rtol=1e-6, atol=1e-6
+    mask[2] = False
+    found, one_block = (
+        attend(*inputs, 0.3, mask)
+        for attend in (blocked_attention.single_query_attention, blocked_attention.blocked_attention)
     )
+    torch.testing.assert_close(found, one_block)
+    assert found.isfinite().all()
 
 
 def saved_bytes(run) -> int:
@@ -132,6 +134,32 @@ def test_float16_scores_are_scaled_before_they_are_rounded():
     query, key, value = (torch.full((1, 2, 4, 64), 40.0, dtype=torch.float16) for _ in range(3))
     output = blocked_attention.blocked_attention(query, key, value, 0.125, causal=True)
     torch.testing.assert_close(output, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_hidden_key_stays_hidden_however_large_its_score(dtype, queries):
+    query = torch.full((1, 1, queries, 1), 200.0, dtype=dtype)
+    key = torch.tensor([-100.0, 100.0], dtype=dtype).view(1, 1, 2, 1)  # scores 40000 apart
+    value = torch.tensor([1.0, 100.0], dtype=dtype).view(1, 1, 2, 1)
+    mask = torch.tensor([True, False]).view(1, 1, 1, 2)
+    assert blocked_attention.blocked_attention(query, key, value, 1.0, mask).unique().tolist() == [1]
+    if queries == 1:
+        assert blocked_attention.single_query_attention(query, key, value, 1.0, mask).item() == 1
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_what_keys_have_in_common_costs_no_precision(queries):
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 64, generator=draw) for n in (queries, 40, 40))
+    query, key = query + 2, key + 20  # as the biases of some models do
+    half = [one.bfloat16() for one in (query, key, value)]
+    truth = formula(*(one.float() for one in half), 0.125, None)
+    attend = blocked_attention.single_query_attention if queries == 1 else blocked_attention.blocked_attention
+    found = attend(*half, 0.125)
+    assert float((found.float() - truth).norm() / truth.norm()) < 0.01
+    eager = formula(*half, 0.125, None)  # whose scores, of about 320, are rounded to 2
+    assert float((eager.float() - truth).norm() / truth.norm()) > 0.1
 
 
 def test_a_query_that_sees_nothing_is_finite_and_changes_no_gradient_of_others():
@@ -293,6 +321,10 @@ def test_what_blocks_do_not_do_is_left_to_sdpa(calls):
     added = torch.zeros(1, 1, 5, 5, dtype=torch.bfloat16)
     attention._attend(layer, query, key, value, None)
     attention._attend(layer, *half, added)
+    for type_ in (torch.bfloat16, torch.float32):
+        attention._attend(layer, half[0][:, :, :1], *half[1:], added[:, :, :1].to(type_))
+    with pytest.raises(RuntimeError, match="attn_mask dtype"):
+        attention._attend(layer, half[0][:, :, :1], *half[1:], added[:, :, :1].long())
     attention._attend(layer, *half, None, dropout=0.5)
     attention._attend(layer, half[0][:, :, :3], *half[1:], None)
     attention._attend(layer, half[0], half[1][:1], half[2][:1], added > -1)
@@ -302,5 +334,5 @@ def test_what_blocks_do_not_do_is_left_to_sdpa(calls):
     assert not calls
     attention._attend(layer, *half, None)
     attention._attend(layer, half[0][:, :, :1], *half[1:], None)
-    attention._attend(layer, half[0][:, :, :1], *half[1:], added[:, :, :1])
+    attention._attend(layer, half[0][:, :, :1], *half[1:], added[:, :, :1] > -1)
     assert calls == ["blocked_attention"] + ["single_query_attention"] * 2

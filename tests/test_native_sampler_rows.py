@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules import NativeSampler, RoutedAdapter, TaskRouter
-from lightning_modules.sampling import GenerateSampler, Sampling, batch, native
+from lightning_modules.sampling import GenerateSampler, Sampling, batch, decoding
 
 TEXTS = ["a", "hello there, you", "what is 2 + 2?", "zz", "the end is near", "0123456789" * 3]
 GREEDY = Sampling(max_new_tokens=9, temperature=0.0)
@@ -141,7 +141,7 @@ def test_many_prompts_are_read_in_several_passes(tiny, tokenizer, prompts, watch
     rows = [ids for ids in prompts for _ in range(3)]
     expected = bound(NativeSampler(), tiny, tokenizer).generate(rows, HOT, watch.announce, seeds=range(18))
     watch.passes.clear()
-    monkeypatch.setattr(native, "_PREFILL", at_once)
+    monkeypatch.setattr(decoding, "_PREFILL_CPU", at_once)
     got = bound(NativeSampler(), tiny, tokenizer).generate(rows, HOT, watch.announce, seeds=range(18))
     assert_same(got, expected)
     reads = [(leaders, columns) for leaders, columns, cached in watch.passes if columns == cached]
@@ -173,6 +173,15 @@ def test_what_a_cache_hands_out_is_as_long_as_it_says_and_empty_behind(whole):
         assert not keys[:, :, end:].any()
         assert not values[:, :, end:].any()
         assert keys.is_contiguous() or not whole
+
+
+def test_a_cache_keeps_no_more_than_its_keys_and_values():
+    cache = batch.RowCache()
+    product = torch.randn(2, 5, 3, 8)  # queries, keys and values of some models come from one
+    kept = cache.update(product[..., 2:4].transpose(1, 2), product[..., 4:6].transpose(1, 2))
+    for one, states in zip(kept, (product[..., 2:4], product[..., 4:6]), strict=True):
+        assert torch.equal(one, states.transpose(1, 2))
+        assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
 
 
 @pytest.mark.parametrize("options", [{}, {"max_rows": 5}, {"max_tokens": 130}])

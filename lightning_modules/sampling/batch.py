@@ -5,6 +5,7 @@ Shapes: B rows, S cached positions, V vocabulary. All rows end at the same colum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_ROOM = 16  # what is copied each time it is full, against what attention reads in vain
+_ROOM = 64
+_WHOLE_ROOM = 16  # which attention reads in vain
 
 
 class RowCache(DynamicLayer):  # type: ignore[misc]
@@ -31,7 +33,7 @@ class RowCache(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, whole: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self._whole = whole
+        self._whole, self._more = whole, _WHOLE_ROOM if whole else _ROOM
         self._rooms: list[Tensor] = []
 
     def update(
@@ -42,12 +44,12 @@ class RowCache(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         if not start:
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = _alone(key_states), _alone(value_states)
             return self.keys, self.values
         end = start + key_states.shape[-2]
         if self._room < end:
             self._rooms = [
-                new.new_empty(*new.shape[:-2], end + _ROOM, new.shape[-1])
+                new.new_empty(*new.shape[:-2], end + self._more, new.shape[-1])
                 for new in (key_states, value_states)
             ]
             self._rooms[0][..., :start, :] = self.keys
@@ -63,7 +65,7 @@ class RowCache(DynamicLayer):  # type: ignore[misc]
         """Return how many columns attention gets when so many positions are cached."""
         if not self._whole:
             return positions
-        return self._room if positions <= self._room else positions + _ROOM
+        return self._room if positions <= self._room else positions + self._more
 
     @property
     def _room(self) -> int:
@@ -79,16 +81,23 @@ class RowCache(DynamicLayer):  # type: ignore[misc]
         self.keys = self.keys[..., first:, :][indices]
         self.values = self.values[..., first:, :][indices]
 
-    def join(self, other: RowCache) -> None:
-        """Add the rows of another one, with zeros on the left of the shorter one."""
+    def join(self, others: Sequence[RowCache]) -> None:
+        """Add the rows of others, with zeros on the left of the shorter ones."""
         self._rooms = []
-        width = max(self.keys.shape[-2], other.keys.shape[-2])
-        self.keys = torch.cat([_widen(self.keys, width), _widen(other.keys, width)])
-        self.values = torch.cat([_widen(self.values, width), _widen(other.values, width)])
+        layers = [self, *others]
+        width = max(layer.keys.shape[-2] for layer in layers)
+        self.keys = torch.cat([_widen(layer.keys, width) for layer in layers])
+        self.values = torch.cat([_widen(layer.values, width) for layer in layers])
 
 
 def _widen(states: Tensor, width: int) -> Tensor:
     return functional.pad(states, (0, 0, width - states.shape[-2], 0))
+
+
+def _alone(states: Tensor) -> Tensor:
+    """Copy what would keep more than itself, as keys do that are cut from one product with queries and values."""
+    held = states.untyped_storage().nbytes()
+    return states.clone() if held > states.numel() * states.element_size() else states
 
 
 class RowBatch:
@@ -145,19 +154,20 @@ class RowBatch:
             None if self.seen_BV is None else self.seen_BV[index_K],
         )
 
-    def join(self, other: RowBatch) -> RowBatch:
-        """Return the rows of both. Uses up both batches and their caches."""
-        width = max(self.width, other.width)
-        for own, more in zip(self.cache.layers, other.cache.layers, strict=True):
-            own.join(more)
-        seen_BV = None
-        if self.seen_BV is not None and other.seen_BV is not None:
-            seen_BV = torch.cat([self.seen_BV, other.seen_BV])
+    def join(self, *others: RowBatch) -> RowBatch:
+        """Return the rows of all. Uses up all batches and their caches."""
+        if not others:
+            return self
+        batches = [self, *others]
+        width = max(batch.width for batch in batches)
+        for number, own in enumerate(self.cache.layers):
+            own.join([other.cache.layers[number] for other in others])
+        seen = [batch.seen_BV for batch in batches if batch.seen_BV is not None]
         return RowBatch(
-            self.rows + other.rows,
+            [row for batch in batches for row in batch.rows],
             self.cache,
             width,
-            torch.cat([self.pads_B + width - self.width, other.pads_B + width - other.width]),
-            seen_BV,
-            torch.cat([self.done_B, other.done_B]),
+            torch.cat([batch.pads_B + width - batch.width for batch in batches]),
+            torch.cat(seen) if seen else None,
+            torch.cat([batch.done_B for batch in batches]),
         )

@@ -19,6 +19,10 @@ from lightning_modules.sampling.batch import RowBatch, RowCache
 from lightning_modules.sampling.filters import draw_by, own_uniforms, sampling_scores
 from lightning_modules.sampling.generate import core_model
 
+# Prompt tokens read in a pass. What a layer makes of them takes memory, and should stay in the cache of a CPU.
+_PREFILL = 2**14
+_PREFILL_CPU = 2**11
+
 
 class Decoding:
     """What one call of `generate` has drawn so far, and how it draws.
@@ -39,13 +43,13 @@ class Decoding:
         core = core_model(model)
         assert core is not None
         device = next(model.parameters()).device
-        self._model_dtype = core.dtype
-        self._adds_mask = core._supports_attention_backend and core.config._attn_implementation in (
-            "sdpa",
-            "eager",
-        )
-        self._whole_rooms = self._adds_mask and device.type == "cpu"
+        attends = core.config._attn_implementation if core._supports_attention_backend else ""
+        self._takes_mask = attends in ("sdpa", "eager")
+        self._whole_rooms = self._takes_mask and device.type == "cpu"
+        half = core.dtype in (torch.bfloat16, torch.float16)
+        self._mask_dtype = torch.bool if attends == "sdpa" and half else core.dtype
         self.limit = sampling.max_new_tokens
+        self.tokens_at_once = _PREFILL_CPU if device.type == "cpu" else _PREFILL
         self.widths = [len(ids) for ids in prompts]
         self._ends = torch.tensor(ends, dtype=torch.long, device=device)
         shape = (len(prompts), self.limit + 1)
@@ -111,18 +115,21 @@ class Decoding:
     def _mask_of(self, batch: RowBatch) -> Tensor | None:
         """Return the mask of single tokens over cached columns; None if none is needed.
 
-        Where the model's attention adds masks (B, 1, 1, columns), making one here saves making it in each layer. On
-        CPUs it also hides the cache's room, and keeps torch from an implementation of grouped-query attention that
-        is several times slower, which it takes in float32 if there is no mask.
+        Where the model's attention takes masks as they are (B, 1, 1, columns), making one here saves making it in
+        each layer; in float32 of the type that is added to scores, which torch would make of others in each layer. On
+        CPUs it also hides the cache's room, and keeps torch from an implementation of grouped-query attention that is
+        several times slower, which it takes in float32 if there is no mask.
         """
         if not batch.padded and not self._whole_rooms:
             return None
         columns_S = torch.arange(batch.columns, device=batch.pads_B.device)
         seen_BS = (columns_S >= batch.pads_B[:, None]) & (columns_S < batch.width)
-        if not self._adds_mask:
+        if not self._takes_mask:
             return seen_BS.long()
-        mask_B11S = torch.zeros_like(seen_BS, dtype=self._model_dtype)[:, None, None]
-        return mask_B11S.masked_fill(~seen_BS[:, None, None], -torch.inf)
+        seen_B11S = seen_BS[:, None, None]
+        if self._mask_dtype == torch.bool:
+            return seen_B11S
+        return torch.zeros_like(seen_B11S, dtype=self._mask_dtype).masked_fill_(~seen_B11S, -torch.inf)
 
     def _forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: DynamicCache

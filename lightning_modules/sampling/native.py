@@ -33,8 +33,6 @@ from lightning_modules.sharding import is_whole
 # Rows leave when at least one in so many has ended: leaving copies the cache of those that stay, about what one
 # step with a concatenated cache costs.
 _SHARE = 8
-# Prompt tokens read in a pass: what a layer makes of more takes memory, and leaves the cache of a CPU.
-_PREFILL = 2048
 _NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 
 
@@ -96,11 +94,14 @@ class NativeSampler(Sampler):
             batch: RowBatch | None = None
             while waiting or batch:
                 fresh = self._admit(batch, waiting, run)
-                for shares in _passes(_share(fresh, prompts, groups), run.widths):
+                read = []
+                for shares in _passes(_share(fresh, prompts, groups), run.widths, run.tokens_at_once):
                     if announce is not None:
                         announce([rows[0] for rows in shares])
-                    read = run.prefill(shares)
-                    batch = batch.join(read) if batch else read
+                    read.append(run.prefill(shares))
+                if read:
+                    first, *rest = read
+                    batch = batch.join(*read) if batch else first.join(*rest)
                 assert batch is not None
                 if announce is not None:
                     announce(batch.rows)
@@ -170,11 +171,11 @@ def _share(
     return list(rows_of.values())
 
 
-def _passes(shares: Sequence[list[int]], widths: Sequence[int]) -> list[list[list[int]]]:
+def _passes(shares: Sequence[list[int]], widths: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
     """Divide prompts, the longest of which comes first, so that those of a pass are few tokens."""
     passes: list[list[list[int]]] = []
     for rows in shares:
-        if passes and (len(passes[-1]) + 1) * widths[passes[-1][0][0]] <= _PREFILL:
+        if passes and (len(passes[-1]) + 1) * widths[passes[-1][0][0]] <= max_tokens:
             passes[-1].append(rows)
         else:
             passes.append([rows])

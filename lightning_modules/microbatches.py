@@ -86,20 +86,20 @@ def pad_rows(
     ids, attention_mask, mask = pad_pairs(
         prompts, completions, pad_token_id=pad_token_id, device=torch.device("cpu")
     )
-    scored = positions(completions)
+    scored = positions([len(ids) for ids in completions])
     return PaddedRows(*(one.to(device) for one in (ids, attention_mask, mask, scored)))
 
 
-def positions(completions: Sequence[list[int]]) -> Tensor:
+def positions(lengths: Sequence[int]) -> Tensor:
     """Return where the tokens of completions, padded on the right to (b, T), stand in the flat (b T).
 
     By their lengths: a device that looks for them in a mask would keep its host waiting.
 
     Args:
-        completions: Token ids (b rows).
+        lengths: Tokens of each completion (b).
 
-    >>> positions([[7], [8, 9]])
+    >>> positions([1, 2])
     tensor([0, 2, 3])
     """
-    T = max(map(len, completions))
-    return torch.tensor([i * T + t for i, ids in enumerate(completions) for t in range(len(ids))])
+    T = max(lengths)
+    return torch.tensor([i * T + t for i, length in enumerate(lengths) for t in range(length)])

@@ -5,11 +5,13 @@ Shapes: b rows, u distinct prompts, P prompt tokens, T completion tokens, H hidd
 The prompts run first, once each, with a cache. Its keys and values are handed to the rows, through which autograd goes,
 and the completions run on top. A row's log-probabilities depend on its own prompt and completion alone, so they and
 their gradients are those of whole rows, to rounding: what changes is that u P + b T tokens are computed instead of
-b (P + T). Dropout, if it is on, is the same in the prompt of all rows of a prompt; whole rows draw it row by row.
+b (P + T), and fewer where completions of different lengths run in passes of their own. Dropout, if it is on, is the
+same in the prompt of all rows of a prompt; whole rows draw it row by row.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,11 @@ from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.headless import base_of, can_chunk, evaluating, few_tokens, scored, without_head
 from lightning_modules.microbatches import positions
+from lightning_modules.sharding import sharded_modules
+
+# Tokens of padding for which completions get a further pass; a GPU is through with them before a pass has started.
+_SPARED = 2**11
+_SPARED_CPU = 2**7
 
 Announce = Callable[[Sequence[int]], None]
 
@@ -34,7 +41,7 @@ class SharedRows:
         prompt_mask: 1 on their tokens (u, P).
         completion_ids: Completions, padded on the right (b, T).
         completion_mask: 1 on their tokens (b, T).
-        scored: Positions of those tokens in the flat (b T).
+        lengths: How many those are (b).
         prompt_of_row: Which prompt a row has (b).
         rows_of_prompt: Which rows have a prompt (u).
     """
@@ -43,9 +50,24 @@ class SharedRows:
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
-    scored: Tensor
+    lengths: list[int]
     prompt_of_row: Tensor
     rows_of_prompt: list[list[int]]
+
+    def part(self, members: Sequence[int]) -> SharedRows:
+        """Return some rows, with all prompts; padding that none of them needs is left out."""
+        index = torch.tensor(members, device=self.prompt_of_row.device)
+        place = {row: number for number, row in enumerate(members)}
+        lengths = [self.lengths[row] for row in members]
+        return SharedRows(
+            prompt_ids=self.prompt_ids,
+            prompt_mask=self.prompt_mask,
+            completion_ids=self.completion_ids[index, : max(lengths)],
+            completion_mask=self.completion_mask[index, : max(lengths)],
+            lengths=lengths,
+            prompt_of_row=self.prompt_of_row[index],
+            rows_of_prompt=[[place[row] for row in rows if row in place] for rows in self.rows_of_prompt],
+        )
 
 
 def share_prompts(
@@ -86,7 +108,7 @@ def share_prompts(
         prompt_mask=prompt_mask.to(device),
         completion_ids=completion_ids.to(device),
         completion_mask=completion_mask.to(device),
-        scored=positions(completions).to(device),
+        lengths=[len(ids) for ids in completions],
         prompt_of_row=prompt_of_row.to(device),
         rows_of_prompt=rows_of_prompt,
     )
@@ -153,7 +175,8 @@ def shared_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies of completions, each prompt forwarded once. See `can_share`.
 
-    Two passes, whatever the lengths, so that ranks of a sharded model stay in step.
+    A pass over prompts, and those of `completion_passes` over completions; one if the model is sharded, whatever the
+    lengths, so that ranks stay in step.
 
     Args:
         model: What is to be called: a causal language model, or a module around it whose hooks matter.
@@ -161,7 +184,7 @@ def shared_logprobs(
         temperature: Divides the logits; 0 (greedy) leaves them as they are.
         entropy_gradient: Whether the entropy carries a gradient.
         announce: Called before each pass with the rows that it is about, for adapters that treat rows differently:
-            first with one row of each prompt, then with all. All are announced when this returns.
+            first with one row of each prompt, then with those of each pass. All are announced when this returns.
 
     Returns:
         Nats, float32, 0 on padding (b, T) each.
@@ -169,14 +192,64 @@ def shared_logprobs(
     if announce is not None:
         announce([members[0] for members in rows.rows_of_prompt])
     last_u1H, cache = _prompt_pass(model, rows.prompt_ids, rows.prompt_mask)
-    for layer in cache.layers:
-        layer.keys, layer.values = (_hand_out(one, rows) for one in (layer.keys, layer.values))
+    everyone = list(range(len(rows.lengths)))
+    spared = _SPARED_CPU if rows.completion_ids.device.type == "cpu" else _SPARED
+    passes = [everyone] if sharded_modules(model) else completion_passes(rows.lengths, spared)
+    found = []
+    for members in passes:
+        if announce is not None:
+            announce(members)
+        part = rows if members == everyone else rows.part(members)
+        hidden_bTH = _completion_pass(
+            model,
+            _hand_out_cache(cache, part),
+            part.prompt_mask[part.prompt_of_row],
+            part.completion_ids,
+            part.completion_mask,
+        )
+        predictors_bTH = torch.cat([_hand_out(last_u1H, part), hidden_bTH], dim=1)
+        scored_N = positions(part.lengths).to(predictors_bTH.device)
+        found.append(
+            scored(model, predictors_bTH, part.completion_ids, scored_N, temperature, entropy_gradient)
+        )
+    if len(found) == 1:
+        return found[0]
     if announce is not None:
-        announce(range(len(rows.prompt_of_row)))
-    prompt_mask_bP = rows.prompt_mask[rows.prompt_of_row]
-    hidden_bTH = _completion_pass(model, cache, prompt_mask_bP, rows.completion_ids, rows.completion_mask)
-    predictors_bTH = torch.cat([_hand_out(last_u1H, rows), hidden_bTH], dim=1)
-    return scored(model, predictors_bTH, rows.completion_ids, rows.scored, temperature, entropy_gradient)
+        announce(everyone)
+    logprobs, entropies = zip(*found, strict=True)
+    return _gathered(logprobs, passes), _gathered(entropies, passes)
+
+
+def completion_passes(lengths: Sequence[int], spared: int) -> list[list[int]]:
+    """Divide completions where each part, padded to its own longest, spares enough of a pass.
+
+    Args:
+        lengths: Tokens of each completion (b).
+        spared: Tokens of padding that make a further pass worth it.
+
+    Returns:
+        Rows of each pass; in their order if they are all in one, otherwise the longest first.
+
+    >>> completion_passes([9, 2, 10, 1], spared=10)
+    [[2, 0], [1, 3]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+    def divide(rows: list[int]) -> list[list[int]]:
+        longest = lengths[rows[0]]
+        most, at = max(((longest - lengths[row]) * (len(rows) - i), i) for i, row in enumerate(rows))
+        return divide(rows[:at]) + divide(rows[at:]) if at and most >= spared else [rows]
+
+    passes = divide(order)
+    return passes if len(passes) > 1 else [sorted(order)]
+
+
+def _gathered(parts_bT: Sequence[Tensor], passes: Sequence[list[int]]) -> Tensor:
+    """Put what passes found into the order of their rows, with zeros on padding."""
+    T = max(part.shape[1] for part in parts_bT)
+    joined_bT = torch.cat([nn.functional.pad(part, (0, T - part.shape[1])) for part in parts_bT])
+    order = torch.tensor([row for members in passes for row in members], device=joined_bT.device)
+    return joined_bT[order.argsort()]
 
 
 # ---------------------------------------------------------------------- what cannot
@@ -255,6 +328,15 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return torch.stack([gradient[rows].sum(0) for rows in ctx.rows_of_prompt]), None, None
+
+
+def _hand_out_cache(cache: Any, rows: SharedRows) -> Any:
+    """Return a cache for rows; that of the prompts stays as it is."""
+    handed = copy.copy(cache)
+    handed.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in handed.layers:
+        layer.keys, layer.values = (_hand_out(one, rows) for one in (layer.keys, layer.values))
+    return handed
 
 
 def _hand_out(of_prompts: Tensor, rows: SharedRows) -> Tensor:

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, Qwen2Config
 
+from lightning_modules import prefix
 from lightning_modules.adapters import FullFineTuning, PeftAdapter
 from lightning_modules.headless import can_chunk, chunked_logprobs
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
 from lightning_modules.microbatches import pad_pairs, pad_rows
 from lightning_modules.prefix import (
     can_share,
+    completion_passes,
     plan_shared_micro_batches,
     prompt_keys,
     share_prompts,
@@ -115,6 +117,32 @@ def test_equals_plain_rows(tiny_model, function, adapter, training):
     assert_twins(function, model, PROMPTS, COMPLETIONS, temperature=0.7)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_completions_in_passes_by_their_lengths_equal_plain_rows(tiny_model, monkeypatch, adapter):
+    monkeypatch.setattr(prefix, "_SPARED_CPU", 1)
+    model = ADAPTERS[adapter](load(tiny_model))
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    lengths = [len(ids) for ids in COMPLETIONS]
+    passes = completion_passes(lengths, 1)
+    assert len(passes) == len(set(lengths)) > 2
+    shared(model, PROMPTS, COMPLETIONS)
+    assert len(runs) == 1 + len(passes)
+    assert_twins(shared, model, PROMPTS, COMPLETIONS, temperature=0.7)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 60))
+def test_a_further_pass_spares_what_it_must(lengths, spared):
+    passes = completion_passes(lengths, spared)
+    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
+    padded = [len(rows) * max(lengths[row] for row in rows) for rows in passes]
+    assert sum(padded) <= len(lengths) * max(lengths) - spared * (len(passes) - 1)
+    for rows in passes:  # and none that would spare as much is left out
+        ordered = sorted((lengths[row] for row in rows), reverse=True)
+        assert all((ordered[0] - length) * (len(rows) - i) < spared for i, length in enumerate(ordered))
+
+
 @pytest.mark.parametrize("completions", [[[4], [9]], [[4, 5], [9]]])
 def test_single_tokens(tiny_model, completions):
     assert_twins(shared, lora(load(tiny_model)), [[1, 2, 3]] * 2, completions)
@@ -189,7 +217,7 @@ def test_without_gradient_nothing_is_recorded(tiny_model):
     assert not entropy.requires_grad
 
 
-def test_rows_are_announced_before_each_pass_and_kinds_keep_prompts_apart(tiny_model):
+def test_rows_are_announced_before_each_pass_and_kinds_keep_prompts_apart(tiny_model, monkeypatch):
     heard = []
     rows = share_prompts(
         [[1, 2]] * 4, [[3]] * 4, pad_token_id=0, device=CPU, kinds=["task a", "task b", "task a", "task b"]
@@ -197,6 +225,11 @@ def test_rows_are_announced_before_each_pass_and_kinds_keep_prompts_apart(tiny_m
     assert rows.rows_of_prompt == [[0, 2], [1, 3]]
     shared_logprobs(load(tiny_model), rows, temperature=1.0, announce=lambda one: heard.append(list(one)))
     assert heard == [[0, 1], [0, 1, 2, 3]]
+    monkeypatch.setattr(prefix, "_SPARED_CPU", 1)
+    heard.clear()
+    rows = share_prompts([[1, 2]] * 3, [[3], [4] * 5, [3] * 2], pad_token_id=0, device=CPU)
+    shared_logprobs(load(tiny_model), rows, temperature=1.0, announce=lambda one: heard.append(list(one)))
+    assert heard == [[0], [1], [2], [0], [0, 1, 2]]  # the longest first, and all in the end
 
 
 def test_the_head_is_itself_again_after_a_pass_that_failed(tiny_model):

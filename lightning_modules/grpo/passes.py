@@ -184,7 +184,7 @@ class SharedPasses(Passes[SharedRows]):
         announce: Announce,
         entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Run two passes."""
+        """Run a pass over the prompts, then the completions."""
         return shared_logprobs(
             model, inputs, temperature=temperature, entropy_gradient=entropy_gradient, announce=announce
         )

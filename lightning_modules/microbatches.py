@@ -86,20 +86,20 @@ def pad_rows(
     ids, attention_mask, mask = pad_pairs(
         prompts, completions, pad_token_id=pad_token_id, device=torch.device("cpu")
     )
-    scored = positions([len(ids) for ids in completions])
+    scored = positions([len(ids) for ids in completions], mask.shape[1])
     return PaddedRows(*(one.to(device) for one in (ids, attention_mask, mask, scored)))
 
 
-def positions(lengths: Sequence[int]) -> Tensor:
-    """Return where the tokens of completions, padded on the right to (b, T), stand in the flat (b T).
+def positions(lengths: Sequence[int], width: int) -> Tensor:
+    """Return where the tokens of completions, padded on the right to a width, stand in the flat (b width).
 
     By their lengths: a device that looks for them in a mask would keep its host waiting.
 
     Args:
         lengths: Tokens of each completion (b).
+        width: That of the padded rows.
 
-    >>> positions([1, 2])
-    tensor([0, 2, 3])
+    >>> positions([1, 2], 3)
+    tensor([0, 3, 4])
     """
-    T = max(lengths)
-    return torch.tensor([i * T + t for i, length in enumerate(lengths) for t in range(length)])
+    return torch.tensor([i * width + t for i, length in enumerate(lengths) for t in range(length)])

@@ -208,7 +208,7 @@ def shared_logprobs(
             part.completion_mask,
         )
         predictors_bTH = torch.cat([_hand_out(last_u1H, part), hidden_bTH], dim=1)
-        scored_N = positions(part.lengths).to(predictors_bTH.device)
+        scored_N = positions(part.lengths, part.completion_ids.shape[1]).to(predictors_bTH.device)
         found.append(
             scored(model, predictors_bTH, part.completion_ids, scored_N, temperature, entropy_gradient)
         )
@@ -217,7 +217,8 @@ def shared_logprobs(
     if announce is not None:
         announce(everyone)
     logprobs, entropies = zip(*found, strict=True)
-    return _gathered(logprobs, passes), _gathered(entropies, passes)
+    T = rows.completion_ids.shape[1]
+    return _gathered(logprobs, passes, T), _gathered(entropies, passes, T)
 
 
 def completion_passes(lengths: Sequence[int], spared: int) -> list[list[int]]:
@@ -244,9 +245,8 @@ def completion_passes(lengths: Sequence[int], spared: int) -> list[list[int]]:
     return passes if len(passes) > 1 else [sorted(order)]
 
 
-def _gathered(parts_bT: Sequence[Tensor], passes: Sequence[list[int]]) -> Tensor:
+def _gathered(parts_bT: Sequence[Tensor], passes: Sequence[list[int]], T: int) -> Tensor:
     """Put what passes found into the order of their rows, with zeros on padding."""
-    T = max(part.shape[1] for part in parts_bT)
     joined_bT = torch.cat([nn.functional.pad(part, (0, T - part.shape[1])) for part in parts_bT])
     order = torch.tensor([row for members in passes for row in members], device=joined_bT.device)
     return joined_bT[order.argsort()]

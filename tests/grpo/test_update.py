@@ -155,14 +155,12 @@ class WiderShared(SharedPasses):
 
     def pad(self, rows, *, pad_token_id, device):
         got = super().pad(rows, pad_token_id=17, device=device)
-        completions = [row.token_ids for row in rows]
         return replace(
             got,
             prompt_ids=pad(got.prompt_ids, (7, 0), value=23),
             prompt_mask=pad(got.prompt_mask, (7, 0)),
             completion_ids=pad(got.completion_ids, (0, 7), value=23),
             completion_mask=pad(got.completion_mask, (0, 7)),
-            scored=wider_positions(completions, got.completion_mask.shape[1] + 7),
         )
 
 

@@ -202,7 +202,7 @@ def shared_logprobs(
         part = rows if members == everyone else rows.part(members)
         hidden_bTH = _completion_pass(
             model,
-            _hand_out_cache(cache, part),
+            _hand_out_cache(cache, part, keep=members is not passes[-1]),
             part.prompt_mask[part.prompt_of_row],
             part.completion_ids,
             part.completion_mask,
@@ -330,10 +330,12 @@ class _HandOut(torch.autograd.Function):
         return torch.stack([gradient[rows].sum(0) for rows in ctx.rows_of_prompt]), None, None
 
 
-def _hand_out_cache(cache: Any, rows: SharedRows) -> Any:
-    """Return a cache for rows; that of the prompts stays as it is."""
-    handed = copy.copy(cache)
-    handed.layers = [copy.copy(layer) for layer in cache.layers]
+def _hand_out_cache(cache: Any, rows: SharedRows, *, keep: bool) -> Any:
+    """Return a cache for rows; that of the prompts is used up unless it is kept."""
+    handed = cache
+    if keep:
+        handed = copy.copy(cache)
+        handed.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in handed.layers:
         layer.keys, layer.values = (_hand_out(one, rows) for one in (layer.keys, layer.values))
     return handed

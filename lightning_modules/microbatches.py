@@ -31,6 +31,30 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
     return groups
 
 
+def completion_passes(lengths: Sequence[int], spared: int) -> list[list[int]]:
+    """Divide completions where each part, padded to its own longest, spares enough of a pass.
+
+    Args:
+        lengths: Tokens of each completion (b).
+        spared: Tokens of padding that make a further pass worth it.
+
+    Returns:
+        Rows of each pass; in their order if they are all in one, otherwise the longest first.
+
+    >>> completion_passes([9, 2, 10, 1], spared=10)
+    [[2, 0], [1, 3]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+    def divide(rows: list[int]) -> list[list[int]]:
+        longest = lengths[rows[0]]
+        most, at = max(((longest - lengths[row]) * (len(rows) - i), i) for i, row in enumerate(rows))
+        return divide(rows[:at]) + divide(rows[at:]) if at and most >= spared else [rows]
+
+    passes = divide(order)
+    return passes if len(passes) > 1 else [sorted(order)]
+
+
 def pad_pairs(
     prompts: Sequence[list[int]], completions: Sequence[list[int]], *, pad_token_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

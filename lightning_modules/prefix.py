@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.headless import base_of, can_chunk, evaluating, few_tokens, scored, without_head
-from lightning_modules.microbatches import positions
+from lightning_modules.microbatches import completion_passes, positions
 from lightning_modules.sharding import sharded_modules
 
 # Tokens of padding for which completions get a further pass; a GPU is through with them before a pass has started.
@@ -219,30 +219,6 @@ def shared_logprobs(
     logprobs, entropies = zip(*found, strict=True)
     T = rows.completion_ids.shape[1]
     return _gathered(logprobs, passes, T), _gathered(entropies, passes, T)
-
-
-def completion_passes(lengths: Sequence[int], spared: int) -> list[list[int]]:
-    """Divide completions where each part, padded to its own longest, spares enough of a pass.
-
-    Args:
-        lengths: Tokens of each completion (b).
-        spared: Tokens of padding that make a further pass worth it.
-
-    Returns:
-        Rows of each pass; in their order if they are all in one, otherwise the longest first.
-
-    >>> completion_passes([9, 2, 10, 1], spared=10)
-    [[2, 0], [1, 3]]
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-
-    def divide(rows: list[int]) -> list[list[int]]:
-        longest = lengths[rows[0]]
-        most, at = max(((longest - lengths[row]) * (len(rows) - i), i) for i, row in enumerate(rows))
-        return divide(rows[:at]) + divide(rows[at:]) if at and most >= spared else [rows]
-
-    passes = divide(order)
-    return passes if len(passes) > 1 else [sorted(order)]
 
 
 def _gathered(parts_bT: Sequence[Tensor], passes: Sequence[list[int]], T: int) -> Tensor:

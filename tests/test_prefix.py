@@ -13,10 +13,9 @@ from lightning_modules import prefix
 from lightning_modules.adapters import FullFineTuning, PeftAdapter
 from lightning_modules.headless import can_chunk, chunked_logprobs
 from lightning_modules.logprobs import completion_logits, token_entropy, token_logprobs
-from lightning_modules.microbatches import pad_pairs, pad_rows
+from lightning_modules.microbatches import completion_passes, pad_pairs, pad_rows
 from lightning_modules.prefix import (
     can_share,
-    completion_passes,
     plan_shared_micro_batches,
     prompt_keys,
     share_prompts,

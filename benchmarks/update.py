@@ -4,11 +4,11 @@
 
 SmolLM2-135M in bfloat16 with LoRA r = 16 on all linear layers; log-probabilities of completions of 64 tokens, forward
 and backward pass, all rows of a setting in one micro-batch. Random tokens: time does not depend on them. The tricks:
-the LM head in chunks, each prompt forwarded once, LoRA in half precision (`lightning_modules.lora`), and attention in
-blocks (`lightning_modules.blocked_attention`). Each measurement runs in a process of its own, so that no way inherits
-the memory of another; the ways take turns. Prints versions, one JSON line for each way and setting (seconds are
-medians, memory is the peak that a process had resident beyond what the loaded model takes), and a table. A way that
-does not fit `--memory_gb` is named as such.
+the LM head in chunks, each prompt forwarded once, LoRA in half precision (`lightning_modules.lora`), attention in
+blocks (`lightning_modules.blocked_attention`), and norms that keep their input (`lightning_modules.norms`). Each
+measurement runs in a process of its own, so that no way inherits the memory of another; the ways take turns. Prints
+versions, one JSON line for each way and setting (seconds are medians, memory is the peak that a process had resident
+beyond what the loaded model takes), and a table. A way that does not fit `--memory_gb` is named as such.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,12 +30,28 @@ RANK, COMPLETION_TOKENS = 16, 64
 SETTINGS = {"S1": (8, 4, 44), "S2": (16, 2, 445), "S3": (2, 16, 445), "S4": (2, 64, 44)}
 
 
-def load(lean: bool, blocks: bool):
+def blocks(model) -> None:
+    from lightning_modules.attention import prefer_blocks
+
+    prefer_blocks(model.get_base_model())
+
+
+def lean(model) -> None:
+    from lightning_modules.lora import make_lean
+
+    make_lean(model)
+
+
+def lean_norms(model) -> None:
+    from lightning_modules.norms import make_norms_lean
+
+    make_norms_lean(model)
+
+
+def load(changes: Sequence[Callable]):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lightning_modules.attention import prefer_blocks
-    from lightning_modules.lora import make_lean
     from lightning_modules.sources import resolve_model
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -43,12 +59,10 @@ def load(lean: bool, blocks: bool):
     )
     # What CausalLMModule does: without it a head that reads a slice copies its weights once per row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    if blocks:
-        prefer_blocks(model)
     config = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(model, config).eval()  # as in GRPO: no dropout
-    if lean:
-        make_lean(model)
+    for change in changes:
+        change(model)
     return model
 
 
@@ -107,14 +121,15 @@ def shared_and_chunked(model, prompts, completions):
     return shared_logprobs(model, rows, temperature=1.0)
 
 
-# name: (how log-probabilities are made, whether LoRA computes in half precision, whether attention runs in blocks)
-WAYS: dict[str, tuple[Callable, bool, bool]] = {
-    "plain": (plain, False, False),
-    "head chunked": (head_chunked, False, False),
-    "prefix shared": (prefix_shared, False, False),
-    "LoRA in half": (plain, True, False),
-    "attention in blocks": (plain, False, True),
-    "all": (shared_and_chunked, True, True),
+# name: (how log-probabilities are made, what changes the model)
+WAYS: dict[str, tuple[Callable, Sequence[Callable]]] = {
+    "plain": (plain, ()),
+    "head chunked": (head_chunked, ()),
+    "prefix shared": (prefix_shared, ()),
+    "LoRA in half": (plain, (lean,)),
+    "attention in blocks": (plain, (blocks,)),
+    "lean norms": (plain, (lean_norms,)),
+    "all": (shared_and_chunked, (lean, blocks, lean_norms)),
 }
 
 
@@ -126,8 +141,8 @@ def measure(way: str, setting: str, repeats: int, memory_gb: float) -> dict[str,
     limit = int(memory_gb * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.manual_seed(0)
-    logprobs_of, lean, blocks = WAYS[way]
-    model = load(lean, blocks)
+    logprobs_of, changes = WAYS[way]
+    model = load(changes)
     trained = [p for p in model.parameters() if p.requires_grad]
     prompts, completions = rows_of(setting)
     before = resident_mb("VmRSS")

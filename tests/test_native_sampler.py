@@ -235,6 +235,7 @@ def test_leaves_the_model_as_it_was(tiny, tokenizer, prompts):
         ("Mistral", {"sliding_window": 8}, "DynamicSlidingWindowLayer"),
         ("Gemma2", {"sliding_window": 8}, "DynamicSlidingWindowLayer"),
         ("Bloom", {"n_head": 4, "n_layer": 2}, "does not take position_ids"),
+        ("MiniMax", {"layer_types": ["full_attention"] * 2}, "of a kind of its own"),
     ],
 )
 def test_falls_back_with_one_warning(tokenizer, prompts, name, options, reason):

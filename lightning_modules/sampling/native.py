@@ -192,6 +192,8 @@ def _why_unserved(model: nn.Module) -> str | None:
     known = inspect.signature(core.forward).parameters
     if missing := [name for name in _NEEDED if name not in known]:
         return f"its forward pass does not take {', '.join(missing)}"
+    if not core._supports_default_dynamic_cache():
+        return "its cache is of a kind of its own"
     layers = DynamicCache(config=core.config).layers
     if kinds := sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}):
         return f"its cache has layers of the kind {', '.join(kinds)}"

@@ -91,7 +91,8 @@ class RowFormat:
             named |= {"messages_column": self.messages_column}
         for argument, column in named.items():
             if column is not None and column not in present:
-                raise ValueError(f"there is no column {column!r} ({argument}); {listing}")
+                remedy = ". Set answer_column: null if there are none" if argument == "answer_column" else ""
+                raise ValueError(f"there is no column {column!r} ({argument}); {listing}{remedy}")
         for field in self.template_fields:
             if field != "prompt" and field not in present:
                 raise ValueError(f"there is no column {field!r} (a field of template); {listing}")

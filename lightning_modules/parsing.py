@@ -79,6 +79,10 @@ def _remedy(text: str, parser: QuiverParser) -> str:
         if classes:
             known = _parameters(classes[-1])
         close = get_close_matches(option[1] or option[2], known, n=1)
+    elif unknown := re.search(r"unrecognized arguments: --([\w.]+)", text):
+        close = [
+            f"--{name}" for name in get_close_matches(unknown[1], [a.dest for a in parser._actions], n=1)
+        ]
     elif short_name := re.search(r"there is no class (\w+)", text):
         close = get_close_matches(short_name[1], QuiverParser.class_names, n=1)
     else:

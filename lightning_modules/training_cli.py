@@ -94,7 +94,8 @@ class QuiverCLI(GuardedCLI):
     """LightningCLI with named configurations and without its surprises."""
 
     def __init__(self, args: list[str]) -> None:
-        options = {"default_env": True, "env_prefix": "QUIVER"}
+        # Without abbreviations, a typo is no other option.
+        options = {"default_env": True, "env_prefix": "QUIVER", "allow_abbrev": False}
         for name in (
             "QUIVER_CONFIG",
             *(f"QUIVER_{command.upper()}__CONFIG" for command in self.subcommands()),
@@ -169,7 +170,9 @@ class QuiverCLI(GuardedCLI):
         folders = [Path(one.dirpath) for one in savers if one.dirpath]
         if not folders:
             raise ValueError(
-                "ckpt_path: latest looks in the dirpath of ModelCheckpoint, and none is set. Set one."
+                "ckpt_path: latest looks in the dirpath of ModelCheckpoint, and none is set: Lightning gives each run "
+                "a new folder. Name the checkpoint's file, and from the first run on set "
+                "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.dirpath=FOLDER."
             )
         found = latest_checkpoint([*folders, Path(self.trainer.default_root_dir)])
         if found is None and command != "fit":

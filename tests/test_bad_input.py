@@ -112,6 +112,22 @@ def test_wrong_yaml(options, words, tiny_model, failure):
     assert not Path("run").exists()
 
 
+def test_a_typo_on_the_command_line_is_no_abbreviation(tiny_model, failure):
+    message = failure(*fit(tiny_model), "--trainer.max_step", "1", code=2)
+    assert message.startswith(
+        "unrecognized arguments: --trainer.max_step 1. Did you mean --trainer.max_steps?"
+    )
+
+
+def test_the_latest_checkpoint_needs_a_folder(tiny_model, failure):
+    message = failure(*fit(tiny_model), "--ckpt_path", "latest")
+    assert message.startswith("ckpt_path: latest looks in the dirpath of ModelCheckpoint, and none is set")
+    remedy = message.removesuffix(".").replace("FOLDER", "kept").split()[-2:]
+    options = [*remedy, "--trainer.enable_checkpointing", "true", "--ckpt_path", "latest"]
+    assert main([*fit(tiny_model), *options]) == 0
+    assert list(Path("kept").glob("*.ckpt"))
+
+
 def test_missing_config_file(tmp_path, failure):
     message = failure("fit", "-c", "grpo/nothing.yaml", code=2)
     place = tmp_path / "grpo" / "nothing.yaml"
@@ -139,7 +155,8 @@ def test_no_config(failure):
         ),
         (
             '{"prompt": "a", "answer": "b"}\n\n{"prompt": "c"}\n',
-            "bad.jsonl:3: there is no column 'answer' (answer_column); the columns are: prompt",
+            "bad.jsonl:3: there is no column 'answer' (answer_column); the columns are: prompt. "
+            "Set answer_column: null if there are none",
         ),
         ("[1]\n", "bad.jsonl:1: a line must be a JSON object, got list: '[1]'"),
     ],
@@ -263,7 +280,7 @@ def test_reward_that_raises_shows_the_line(tiny_model, capsys):
 @pytest.mark.parametrize(
     ("rewards", "expected"),
     [
-        ("short", "reward function 'short' returned 1 rewards for 4 completions"),
+        ("short", "reward function 'short' returned 1 rewards for 4 completions; expected one number or"),
         ("nan", "reward function 'nan' returned nan for row 3 (prompt '"),
     ],
 )

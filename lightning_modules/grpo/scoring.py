@@ -242,7 +242,8 @@ def _numbers(
         )
     if len(returned) != len(rows):
         raise RewardError(
-            f"reward function {name!r} returned {len(returned)} rewards for {len(rows)} completions"
+            f"reward function {name!r} returned {len(returned)} rewards for {len(rows)} completions; "
+            "expected one number or None for each that it is given"
         )
     numbers = []
     for i, value in enumerate(returned):

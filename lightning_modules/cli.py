@@ -136,6 +136,7 @@ def _call(place: str, arguments: list[str], program: str) -> int:
         args=_spell_lists(function, _spell_flags(function, arguments)),
         as_positional=True,
         prog=program,
+        allow_abbrev=False,
     )
     return 0
 

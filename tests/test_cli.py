@@ -72,6 +72,15 @@ def test_unknown_command(capsys):
     assert capsys.readouterr().err == "quiver: error: unknown command 'fitt'. Did you mean fit?\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "short"), [("rollouts run", "--summar"), ("library list folder", "--as_js")]
+)
+def test_options_of_commands_cannot_be_abbreviated(command, short):
+    code, _, err = quiver(*command.split(), short, "true")
+    assert code == 2
+    assert f"unrecognized arguments: {short} true" in err
+
+
 def test_local_files_shadow_nothing(tmp_path):
     for name in ("json.py", "callbacks.py", "datamodules/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -18,7 +18,8 @@ def rms_norm(input_NH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
 
     The quotient is made in float32 and rounded to the type of x before w multiplies it. The output is that of
     transformers to the bit; gradients are equal to rounding. Autograd would keep x in float32; here x itself is kept,
-    which in half precision is half of that, and the backward pass goes over it in fewer steps.
+    which in half precision is half of that, and the backward pass goes over it in fewer steps. Torch's own
+    `rms_norm` rounds at another place, so a model would no longer compute what transformers does.
 
     Args:
         input_NH: x, with any number of axes in front.

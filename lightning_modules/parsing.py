@@ -74,15 +74,12 @@ def _remedy(text: str, parser: QuiverParser) -> str:
     if "are required" in text:
         return "Give a configuration: quiver fit -c FILE. `quiver configs` lists ours."
     classes = re.findall(r"class_path '([\w.]+)'", text)
+    options = {action.dest for action in parser._actions}
     if option := re.search(r"[Oo]ption '([\w.]+)' is not accepted|not accept option '([\w.]+)'", text):
-        known = {action.dest for action in parser._actions}
-        if classes:
-            known = _parameters(classes[-1])
+        known = _parameters(classes[-1]) if classes else options
         close = get_close_matches(option[1] or option[2], known, n=1)
     elif unknown := re.search(r"unrecognized arguments: --([\w.]+)", text):
-        close = [
-            f"--{name}" for name in get_close_matches(unknown[1], [a.dest for a in parser._actions], n=1)
-        ]
+        close = [f"--{name}" for name in get_close_matches(unknown[1], options, n=1)]
     elif short_name := re.search(r"there is no class (\w+)", text):
         close = get_close_matches(short_name[1], QuiverParser.class_names, n=1)
     else:
@@ -91,8 +88,8 @@ def _remedy(text: str, parser: QuiverParser) -> str:
         return f"Did you mean {close[0]}?"
     command = parser.prog.replace(" [options]", "")
     part = re.match(r'Parser key "(model|data)"', text)
-    options = f"--{part[1]}.help {classes[0]}" if part and len(classes) == 1 else "--help"
-    return f"`{command} {options}` lists what there is."
+    help_option = f"--{part[1]}.help {classes[0]}" if part and len(classes) == 1 else "--help"
+    return f"`{command} {help_option}` lists what there is."
 
 
 def _parameters(class_path: str) -> set[str]:

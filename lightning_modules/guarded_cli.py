@@ -18,7 +18,7 @@ from lightning_modules.files import DISK_ERRORS, set_aside
 from lightning_modules.run_folder import taken
 
 # The guards of every run.
-DEFAULT_CALLBACKS = (callbacks.RankWatch, callbacks.GracefulStop, callbacks.WandbRun)
+DEFAULT_CALLBACKS = (callbacks.RankWatch, callbacks.RunNumber, callbacks.GracefulStop, callbacks.WandbRun)
 OneOfOurs = TypeVar("OneOfOurs", bound=lightning.Callback)
 
 
@@ -37,18 +37,13 @@ class GuardedCLI(LightningCLI):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         metrics = [Path(one.log_dir) for one in trainer.loggers if isinstance(one, CSVLogger)]
-        earlier: list[Path] = []
         folders = list(metrics)
         if command == "fit":
             savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
             saved = [Path(one.dirpath) for one in savers if one.dirpath and "://" not in str(one.dirpath)]
             folders += [Path(trainer.log_dir or trainer.default_root_dir), *saved]
-            if not self.config["fit"].get("ckpt_path"):
-                earlier = [folder / name for folder in saved for name in ("last.ckpt", "interrupted.ckpt")]
         for folder in dict.fromkeys(one.resolve() for one in folders):
             self._at_end.enter_context(taken(folder))
-        for target in earlier:
-            set_aside(target)
         for folder in metrics:
             # Lightning deletes what it finds there, also where it will write nothing.
             if kept := set_aside(folder / "metrics.csv"):

@@ -21,12 +21,12 @@ import callbacks
 import datamodules
 import lightning_modules
 from callbacks.rank_watch import follow_parent
-from lightning_modules.checkpoint_io import latest_checkpoint
 from lightning_modules.configs import find_config
 from lightning_modules.distributed import gathered
 from lightning_modules.files import complete_file, set_aside
 from lightning_modules.guarded_cli import GuardedCLI
 from lightning_modules.hparams import withhold_secrets
+from lightning_modules.latest import latest_checkpoint
 from lightning_modules.parsing import NamedConfigFile, QuiverParser
 from lightning_modules.secrets import (
     REDACTED,

@@ -47,7 +47,8 @@ class GuardedCLI(LightningCLI):
         for folder in metrics:
             # Lightning deletes what it finds there, also where it will write nothing.
             if kept := set_aside(folder / "metrics.csv"):
-                self._at_end.callback(_put_back, kept, folder / "metrics.csv")
+                beside = None if command == "fit" else folder / f"metrics-{command}.csv"
+                self._at_end.callback(_put_back, kept, folder / "metrics.csv", beside)
 
     def own_callback(self, kind: type[OneOfOurs]) -> OneOfOurs:
         """Return the callback of a class of ours that every run has."""
@@ -102,7 +103,10 @@ class GuardedCLI(LightningCLI):
         )
 
 
-def _put_back(kept: Path, target: Path) -> None:
-    """Give a file its name back if no other has taken it."""
+def _put_back(kept: Path, target: Path, beside: Path | None) -> None:
+    """Give a file its name back: if no other has taken it, or if there is a place beside it for that other."""
+    if beside is not None and target.exists():
+        set_aside(beside)
+        target.rename(beside)
     if not target.exists():
         kept.rename(target)

@@ -80,7 +80,7 @@ def test_damaged_ones_are_passed_over(tmp_path):
     data[data.index(torch.ones(8).numpy().tobytes())] ^= 1  # within a tensor
     (tmp_path / "flipped.ckpt").write_bytes(data)
     (tmp_path / "empty.ckpt").touch()
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="passed over") as warned:
         assert latest_checkpoint([tmp_path]).name == "good.ckpt"
     passed = " ".join(str(one.message) for one in warned)
     assert all(name in passed for name in ("lacks_a_file.ckpt", "flipped.ckpt", "empty.ckpt"))

@@ -20,6 +20,7 @@ from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.mapped_weights import cast, map_model
 from lightning_modules.norms import make_norms_lean
+from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.sharded_passes import ShardedPasses
 from lightning_modules.sharding import norm_of
 from lightning_modules.sources import check_model, resolve_model
@@ -69,6 +70,8 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         max_skipped_updates: int = 0,
     ) -> None:
         super().__init__()
+        check_number("gradient_clip_val", gradient_clip_val, above=0, none=True, hint="null does not clip.")
+        check_whole("max_skipped_updates", max_skipped_updates, least=0, hint="0 stops at the first.")
         self.save_hyperparameters(logger=False)
         if "_instantiator" not in self.hparams:
             self._make_hparams_plain()

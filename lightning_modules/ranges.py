@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-_LARGEST = 2**63 - 1
 _LONGEST = 1e9  # seconds, about 30 years; threads and sockets take hardly more
 
 
@@ -26,6 +25,7 @@ def check_number(
     below: float | None = None,
     none: bool = False,
     infinite: bool = False,
+    whole: bool = False,
     hint: str = "",
 ) -> None:
     """Check that a value is a finite number within bounds.
@@ -39,6 +39,7 @@ def check_number(
         below: What the value must stay under.
         none: Whether None is allowed too.
         infinite: Whether infinity is, as a bound that bounds nothing.
+        whole: Whether it must be a whole number.
         hint: A sentence for the message's end: a usual value, or what a border value means.
 
     Raises:
@@ -50,7 +51,8 @@ def check_number(
     """
     if none and value is None:
         return
-    is_number = _is_number(value, infinite=infinite)
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    is_number = is_number and (_is_finite(value) or (infinite and value == math.inf))
     if (
         not is_number
         or (least is not None and value < least)
@@ -58,13 +60,13 @@ def check_number(
         or (most is not None and value > most)
         or (below is not None and value >= below)
     ):
-        kind = "" if is_number else "a number" if infinite else "a finite number"
+        kind = "a whole number" if whole else "a number" if infinite else "a finite number"
         bounds = {"at least": least, "above": above, "at most": most, "below": below}
-        raise ValueError(_message(name, value, kind, bounds, none=none, hint=hint))
+        raise ValueError(_message(name, value, "" if is_number else kind, bounds, none=none, hint=hint))
 
 
 def check_whole(
-    name: str, value: Any, *, least: int = 1, most: int = _LARGEST, none: bool = False, hint: str = ""
+    name: str, value: Any, *, least: int = 1, most: int = 2**63 - 1, none: bool = False, hint: str = ""
 ) -> None:
     """Check that a value is a whole number within bounds; arguments are those of `check_number`.
 
@@ -75,15 +77,9 @@ def check_whole(
     Traceback (most recent call last):
     ValueError: rank=2.5: must be a whole number of at least 1.
     """
-    if none and value is None:
-        return
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    is_below = not is_whole or value < least  # then the end of 64 bits is beside the point
-    if not is_whole or not least <= value <= most:
-        bounds = {"at least": least, "at most": None if most == _LARGEST and is_below else most}
-        raise ValueError(
-            _message(name, value, "" if is_whole else "a whole number", bounds, none=none, hint=hint)
-        )
+    check_number(name, value, least=least, none=none, whole=True, hint=hint)
+    if value is not None:  # apart, since most mistakes have nothing to do with the end of 64 bits
+        check_number(name, value, most=most, whole=True, hint=hint)
 
 
 def check_seconds(name: str, value: Any, *, none: bool = False, hint: str = "") -> None:
@@ -137,11 +133,9 @@ def _places(name: str, values: Any, length: int | None, *, none: bool) -> list[t
     return [(f"{name}[{number}]", value) for number, value in enumerate(listed)]
 
 
-def _is_number(value: Any, *, infinite: bool) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
+def _is_finite(value: Real) -> bool:
     try:
-        return math.isfinite(value) or (infinite and not math.isnan(value))
+        return math.isfinite(value)
     except OverflowError:  # a whole number that no float holds
         return False
 

@@ -89,12 +89,11 @@ def check_optimizer(optimizer: Any) -> None:
     """
     for group in optimizer.param_groups:
         for name, value in group.items():
-            bounds: dict[str, float] = {"least": 0} if name in _NOT_NEGATIVE | _SHARES else {}
-            if name in _SHARES:
-                bounds["below"] = 1
+            least = 0 if name in _NOT_NEGATIVE | _SHARES else None
+            below = 1 if name in _SHARES else None
             if name != "params":
                 for place, number in _numbers(f"optimizer.{name}", value):
-                    check_number(place, number, **bounds)
+                    check_number(place, number, least=least, below=below)
 
 
 def _check_schedule(schedule: Any) -> None:
@@ -113,7 +112,7 @@ def check_peft(config: PeftConfig) -> None:
     Raises:
         ValueError: If one is NaN or infinite, or out of its range.
     """
-    usual = {one.name: one.default for one in dataclasses.fields(config)}
+    usual: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(config)}
     for name, value in vars(config).items():
         default = usual.get(name)
         for place, number in _numbers(f"adapter.{name}", value):
@@ -124,7 +123,7 @@ def check_peft(config: PeftConfig) -> None:
             elif "dropout" in name:
                 check_number(place, number, least=0, below=1)
             else:  # a negative default leaves the number to PEFT
-                check_number(place, number, least=default if _is_negative(default) else 0)
+                check_number(place, number, least=min(default, 0) if isinstance(default, int | float) else 0)
 
 
 def check_trainer(settings: Mapping[str, Any]) -> None:
@@ -158,10 +157,6 @@ def check_trainer_of(trainer: lightning.Trainer) -> None:
     if settings["num_sanity_val_steps"] == float("inf"):  # how a Trainer keeps -1
         settings["num_sanity_val_steps"] = None
     check_trainer(settings)
-
-
-def _is_negative(value: Any) -> bool:
-    return isinstance(value, int | float) and value < 0
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, int | float]]:

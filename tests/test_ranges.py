@@ -48,7 +48,6 @@ NEGATIVE = {
     ("Scoring", "weights"): "a penalty",
     ("Scoring", "success"): "rewards may be negative",
     ("WeightsRouter", "weights"): "an expert may be subtracted, as LoraHub does",
-    ("TokenRouter", "threshold"): "a score over the norm of the input",
     ("ArrowRouter", "threshold"): "a score over the norm of the input",
     ("SpectralRouter", "threshold"): "a score over the norm of the input",
     ("CentroidRouter", "threshold"): "a score over the norm of the input",

@@ -8,7 +8,7 @@ from lightning_modules.grpo.audit import cuts_off
 from lightning_modules.grpo.estimators import GDPO
 from lightning_modules.grpo.reference import Snapshot
 from lightning_modules.grpo.steps import RolloutSteps
-from lightning_modules.ranges import check_numbers, check_whole
+from lightning_modules.ranges import check_whole
 
 
 def check_settings(module: RolloutSteps, *, trains_base: bool) -> None:
@@ -26,13 +26,6 @@ def check_settings(module: RolloutSteps, *, trains_base: bool) -> None:
         module.num_generations,
         least=2,
         hint="A completion is compared with the others of its group, so a group of one teaches nothing.",
-    )
-    check_numbers(
-        "scoring.weights",
-        module.scoring.weights,
-        length=len(module.reward_functions),
-        none=True,
-        hint="One belongs to each reward function.",
     )
     if module.sampling.temperature == 0:
         raise ValueError(

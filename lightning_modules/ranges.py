@@ -88,7 +88,10 @@ def check_seconds(name: str, value: Any, *, none: bool = False, hint: str = "") 
     Raises:
         ValueError: If it is not.
     """
-    check_number(name, value, above=0, most=_LONGEST, none=none, hint=hint or "It is in seconds.")
+    hint = hint or "It is in seconds."
+    check_number(name, value, above=0, none=none, hint=hint)
+    if value is not None:
+        check_number(name, value, most=_LONGEST, hint=hint)
 
 
 def check_numbers(

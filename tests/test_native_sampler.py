@@ -257,7 +257,7 @@ def test_refuses_what_it_cannot_do(tiny, tokenizer, prompts):
     with pytest.raises(ValueError, match="max_rows=0: must be at least 1"):
         NativeSampler(max_rows=0)
     with pytest.raises(
-        ValueError, match="max_tokens=1: must be at least 2, or null. A prompt and a token must fit"
+        ValueError, match=r"max_tokens=1: must be at least 2, or null\. A prompt and a token must fit"
     ):
         NativeSampler(max_tokens=1)
     sampler = bound(NativeSampler(max_tokens=38), tiny, tokenizer)

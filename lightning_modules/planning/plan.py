@@ -69,6 +69,8 @@ def plan_run(
     Raises:
         ValueError: If the module is none of ours, or something in it needs weights or values.
     """
+    check_whole("prompt_tokens", prompt_tokens)
+    check_whole("answer_tokens", answer_tokens)
     if not isinstance(module, GRPOModule | SFTModule):
         raise ValueError(
             f"model={type(module).__name__} cannot be planned: its step is not known. Plan SFTModule, GRPOModule, "
@@ -165,8 +167,6 @@ def step_shape(
     Raises:
         ValueError: If a length is not positive, or the data does not say how many rows a step has.
     """
-    for name, value in {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}.items():
-        check_whole(name, value)
     prompts = getattr(data, "batch_size", None)
     if not isinstance(prompts, int):
         raise ValueError(

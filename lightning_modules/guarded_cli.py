@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 import callbacks
 from callbacks.graceful_stop import StoppedError
 from lightning_modules.files import DISK_ERRORS, set_aside
+from lightning_modules.foreign_ranges import check_trainer
 from lightning_modules.run_folder import taken
 
 # The guards of every run.
@@ -57,7 +58,8 @@ class GuardedCLI(LightningCLI):
     def _instantiate_trainer(
         self, config: dict[str, Any], extra: list[lightning.Callback]
     ) -> lightning.Trainer:
-        """Leave out our default callbacks of which the configuration has one."""
+        """Check its numbers; leave out our default callbacks of which the configuration has one."""
+        check_trainer(config)
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         ours = [one() for one in DEFAULT_CALLBACKS if one not in map(type, given)]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from datamodules.batches import Prompt
 from lightning_modules.grpo.rewards import Completion, RewardFunction
+from lightning_modules.ranges import check_number, check_numbers, check_seconds
 
 # TRL keeps these columns of the data from reward functions; the plural forms are the ones they get.
 _WITHHELD = ("prompt", "completion", "completion_ids")
@@ -56,8 +57,9 @@ class Scoring:
     answer: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout} must be positive seconds, or None for no limit")
+        check_numbers("scoring.weights", self.weights, none=True)
+        check_seconds("scoring.timeout", self.timeout, none=True, hint="null is no limit.")
+        check_number("scoring.success", self.success)
         if self.nan not in ("error", "ignore"):
             raise ValueError(f"nan={self.nan!r} is unknown: use error or ignore")
 

@@ -17,6 +17,7 @@ import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.stuck_call import StuckCallWatch
 from lightning_modules.checkpoint_io import AsyncCompleteCheckpointIO
 from lightning_modules.distributed import gathered, rng_state, set_rng_state
 
@@ -70,6 +71,7 @@ class GracefulStop(lightning.Callback):
         self._has_trained = False
         self._validation: tuple[dict[str, Any], int] | None = None
         self._previous: dict[int, Any] = {}
+        self._watch: StuckCallWatch | None = None
 
     # ------------------------------------------------------------------ signals
 
@@ -85,6 +87,7 @@ class GracefulStop(lightning.Callback):
         if "SLURM_JOB_ID" in os.environ:
             numbers.append(signal.SIGUSR1)
         self._previous = {number: signal.signal(number, self._ask) for number in numbers}
+        self._watch = StuckCallWatch(_REPEAT)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """From here on there is something to save."""
@@ -106,6 +109,8 @@ class GracefulStop(lightning.Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        if self._watch is not None:
+            self._watch.close()
 
     def _agreed(self, trainer: lightning.Trainer) -> int:
         """The signal that any rank got, the same on every rank; 0 if none. A collective."""

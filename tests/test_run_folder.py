@@ -131,6 +131,19 @@ def test_validation_keeps_the_metrics_of_the_training_run(tiny_model, capsys):
         assert "is in use by" in message(capsys)
 
 
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    target = tmp_path / "precious"
+    target.write_text("text")
+    (tmp_path / "run").mkdir()
+    for place in (target, tmp_path / "dangling"):
+        (tmp_path / "run" / ".quiver.lock").symlink_to(place)
+        with pytest.raises(OSError, match=r"\.quiver\.lock is a link"), taken(tmp_path / "run"):
+            pass
+        (tmp_path / "run" / ".quiver.lock").unlink()
+    assert target.read_text() == "text"
+    assert not (tmp_path / "dangling").exists()
+
+
 @pytest.mark.slow
 def test_ranks_of_one_run_do_not_refuse_each_other(tiny_model):
     file = write_run(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -275,16 +277,20 @@ def test_two_ranks(moment, ranks, tiny_model):
     assert state("run")["global_step"] == STEPS
 
 
-def test_second_ctrl_c_stops_at_once(tiny_model):
+@pytest.mark.parametrize("deaf", [False, True])
+def test_second_ctrl_c_stops_at_once(deaf, tiny_model):
     sent = {
         "class_path": "test_signals.SignalAt",
         "init_args": {"moment": "long_step", "step": 2, "name": "SIGINT"},
     }
-    file = write(tiny_model, "run", callbacks=[sent, {"class_path": "test_signals.Hang"}])
+    hang = {"class_path": "test_signals.Hang", "init_args": {"deaf": deaf}}
+    file = write(tiny_model, "run", callbacks=[*([] if deaf else [sent]), hang])
     process = start_quiver("fit", "-c", file)
     while not Path("hanging").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
+    if deaf:
+        process.send_signal(signal.SIGINT)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -293,12 +299,36 @@ def test_second_ctrl_c_stops_at_once(tiny_model):
 
 
 class Hang(lightning.Callback):
-    """Never comes to the end of its second step."""
+    """Never comes to the end of its second step: in Python, or in a call that no signal interrupts.
+
+    Args:
+        deaf: Whether to wait in such a call, as collectives do.
+    """
+
+    def __init__(self, deaf: bool = False) -> None:
+        self.deaf = deaf
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 1:
             Path("hanging").touch()
+            if self.deaf:
+                mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+                library.pthread_mutex_lock(mutex)
+                library.pthread_mutex_lock(mutex)
             time.sleep(300)
+
+
+def leave_a_thread(completions, **columns):
+    """A reward whose helper never ends."""
+    threading.Thread(target=time.sleep, args=(300,), name="helper-of-a-reward").start()
+    return [float(i % 2) for i, _ in enumerate(completions)]
+
+
+def test_a_thread_of_a_reward_does_not_keep_the_process(tiny_model):
+    file = write_run(tiny_model, init_args={"rewards": ["test_signals.leave_a_thread"]}, max_steps=1)
+    code, _, err = quiver("fit", "-c", file)
+    assert code == 0, err
+    assert "Left behind: thread helper-of-a-reward" in err
 
 
 # ---------------------------------------------------------------- SLURM

@@ -67,6 +67,8 @@ def test_one_line_for_each_number_out_of_range(capsys):
         assert err.startswith(f"quiver: error: {message}"), (options, err)
         assert err.count("\n") == 1, err
         assert {file.name for file in Path().iterdir()} == {"run.yaml", "train.jsonl"}
+    assert main(["fit", "-c", write_run("nowhere"), "--seed_everything=-1"]) == 1
+    assert capsys.readouterr().err == "quiver: error: seed_everything=-1: must be at least 0, or null.\n"
 
 
 def test_text_becomes_a_number_where_it_is_one(capsys):

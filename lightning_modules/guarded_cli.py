@@ -16,6 +16,7 @@ import callbacks
 from callbacks.graceful_stop import StoppedError
 from lightning_modules.files import DISK_ERRORS, set_aside
 from lightning_modules.foreign_ranges import check_trainer
+from lightning_modules.ranges import check_whole
 from lightning_modules.run_folder import taken
 
 # The guards of every run.
@@ -54,6 +55,13 @@ class GuardedCLI(LightningCLI):
     def own_callback(self, kind: type[OneOfOurs]) -> OneOfOurs:
         """Return the callback of a class of ours that every run has."""
         return next(one for one in self.trainer.callbacks if isinstance(one, kind))  # type: ignore[attr-defined]
+
+    def _set_seed(self) -> None:
+        """Check the seed too, whose error in Lightning names no argument."""
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool):
+            check_whole("seed_everything", seed, least=0, most=2**32 - 1, none=True)
+        super()._set_seed()
 
     def _instantiate_trainer(
         self, config: dict[str, Any], extra: list[lightning.Callback]

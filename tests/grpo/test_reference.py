@@ -178,7 +178,7 @@ def test_an_interrupted_run_resumes_with_its_reference(tiny_model, tmp_path):
         ),
         (
             lambda: {"objective": Objective(correction=TruncatedImportance(cap=0.5))},
-            "cap=0.5 must be at least 1",
+            "cap=0.5: must be at least 1",
         ),
         (lambda: {"objective": Objective(correction=MaskedImportance(bounds=(2, 3)))}, "must enclose 1"),
     ],

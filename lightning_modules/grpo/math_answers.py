@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -44,15 +45,20 @@ _SYMBOLS = str.maketrans(
         "\N{NO-BREAK SPACE}": " ",
     }
 )
+_ROOT_OF_BRACKET = re.compile(r"\\?(?<![a-zA-Z])sqrt\s*\(([^()]*)\)")
 _ROOT = re.compile("\N{SQUARE ROOT}\\s*(\\([^()]*\\)|[0-9]+(?:\\.[0-9]+)?|[a-zA-Z])")
-_SCIENTIFIC = re.compile(r"(?<![\w.\\}])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})(?![\w.{^])")
+_SCIENTIFIC = re.compile(
+    r"(?<![\w.\\}/^])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+    r"(?:[eE]([-+]?[0-9]{1,3})(?![\w.{^])"
+    r"|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{([-+]?[0-9]{1,3})\}|([-+]?[0-9]{1,3})(?![0-9])))"
+)
 _MIXED = re.compile(r"(?<![\w./}])([0-9]+)(?:\s|\\[ ,;:]|~)+([0-9]+)/([0-9]+)(?![\w/.])")
 _BASED = re.compile(r"(?<![\w.}])([0-9]+)_(?:\{([0-9]{1,2})\}|([0-9]))(?![\w])")
 _REPEATING = re.compile(r"(?<![\w.}])([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{([0-9]+)\}(?![\w{])")
 _SPACED_GROUPS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?: [0-9]{3})+(?:\.[0-9]+)?")
 # Names that typists leave without a backslash; letters by themselves would be a product.
 _NAMES = re.compile(
-    r"(?<![\\a-zA-Z{])(sqrt|pi|theta|alpha|beta|gamma|lambda|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln)"
+    r"(?<![\\a-zA-Z{])(pi|theta|alpha|beta|gamma|lambda|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln)"
     r"(?![a-zA-Z])"
 )
 
@@ -62,17 +68,24 @@ _DEGREES = re.compile(rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:\s*(?:{_TEXT}\{{\s
 _UNIT_IN_TEXT = re.compile(
     rf"(?<=[\w}})!])(?:\s|\\[,;:! ]|~)*{_TEXT}\s*\{{([^{{}}0-9]*)\}}(?:\s*\^\s*(?:\{{-?[0-9]\}}|[0-9]))?$"
 )
-_UNIT_IN_WORDS = r"(?<=[0-9}])(?:\s|\\[,;: ]|~)+(?:(?:square|cubic|sq|cu)\.?\s+)?(?:UNITS)\.?(?:\^(?:\{[0-9]\}|[0-9]))?$"
+# A number by itself, then words; `\pi r^2 h` is a product.
+_COUNTED = r"([-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|[0-9]*\s*\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+"
+_COUNTED += r"|[0-9]*\s*\\(?:sqrt\s*\{[0-9]+\}|pi)))"
+_UNIT_IN_WORDS = rf"{_COUNTED}(?:\s|\\[,;: ]|~)+(?:(?:square|cubic|sq|cu)\.?\s+)?UNIT(?:(?:\s*/\s*|\s+per\s+)UNIT)?"
 # Words after a number that change it, and what math-verify lists as units but algebra writes as products.
 _FACTORS = frozenset("hundred thousand million billion trillion dozen score lakh crore half and or if e i d".split())
 _NO_UNITS = frozenset({"ab", "bc", "by", "per", "more", "less", "o", "c", "t", "d", "l"})
-_SI_LETTERS = ("m", "s", "g", "h", "l", "L")
+_MORE_UNITS = tuple(
+    "m s g h L mL dollar euro week foot mi oz ounce person people gram kilogram kilometer centimeter millimeter".split()
+)
 
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]*\*?\}|\\[a-zA-Z]+")
-_WORD = re.compile(r"[a-zA-Z]{4,}|(?<![a-zA-Z])(?:is|are|the|was|of|to)(?![a-zA-Z])", re.IGNORECASE)
+_WORD = re.compile(
+    r"[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+(?:[a-zA-Z]{2,}|[0-9])|(?<![a-zA-Z])(?:is|are|the|was|of|to)(?![a-zA-Z])", re.IGNORECASE
+)
 _PARSERS_WORDS = re.compile(r"\b(?:infinity|percent(?:age)?)\b", re.IGNORECASE)
 # math-verify would add or multiply numbers that stand side by side, and drop dots that go on.
-_UNREADABLE = re.compile(r"[0-9](?:\s|\\[ ,;:]|~|\\q?quad)+[0-9]|\\(?:l|c)?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS}")
+_UNREADABLE = re.compile(r"(?<![_^])[0-9](?:\s|\\[ ,;:]|~|\\q?quad)+[0-9]|\\(?:l|c)?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS}")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -81,7 +94,9 @@ _DELIMITED = re.compile(r"(?<!\\)\$.*?(?<!\\)\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOT
 _PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 _ANCHOR = re.compile(r"\banswer\b(?:\s*(?:is|=))?\s*:?", re.IGNORECASE)
 # A run without spaces that only LaTeX explains: of it, math-verify would take a number.
-_BARE_LATEX = re.compile(r"(?<!\S)[^\s$]*(?:\\[a-zA-Z]|\^|[0-9][a-zA-Z][^\s$]*[-+*=])[^\s$]*(?<![.,;:!?])")
+_BARE_LATEX = re.compile(
+    r"(?<!\S)(?:[^\s$]{1,40} [-+=] ){0,9}[^\s$]{0,99}(?:\\[a-zA-Z]|\^|[0-9][a-zA-Z][^\s$]{0,99}[-+*=])[^\s$]*(?: [-+=] [^\s$]+)*(?<![.,;:!?])"
+)
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?|(?:\(([A-J])\)|([A-J])[).:])(?:\s|\\|~).*", re.DOTALL)
 _LETTERS = tuple("ABCDEFGHIJ")
 _LONG = 200  # characters; a text of more is no single answer
@@ -260,12 +275,20 @@ def _cleaned(text: str) -> str:
     """The same mathematics in LaTeX that the parser reads as it is meant."""
     text = join_digit_groups(text, commas=False).translate(_SYMBOLS)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1].strip('()')}}}", text)
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
+    text = _ROOT_OF_BRACKET.sub(r"\\sqrt{\1}", text)
+    text = _SCIENTIFIC.sub(_exact, text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _BASED.sub(_decimal, text)
     text = _REPEATING.sub(_fraction, text)
     text = _NAMES.sub(r"\\\1", text)
     return _DEGREES.sub("", text)
+
+
+def _exact(number: re.Match[str]) -> str:
+    """A number with an exponent, exactly: decimals are compared to six places only."""
+    exponent = next(filter(None, number.groups()[1:]))
+    top, bottom = Decimal(f"{number[1]}e{exponent}").as_integer_ratio()
+    return str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _decimal(number: re.Match[str]) -> str:
@@ -288,16 +311,17 @@ def _without_unit(text: str) -> str:
     unit = _UNIT_IN_TEXT.search(text)
     if unit is not None:
         return text if _FACTORS & set(unit[1].casefold().split()) else text[: unit.start()]
-    return _unit_in_words().sub("", text)
+    counted = _unit_in_words().fullmatch(text)
+    return counted[1] if counted else text
 
 
 @cache
 def _unit_in_words() -> re.Pattern[str]:
     from latex2sympy2_extended.math_normalization import units
 
-    names = sorted({*units, *_SI_LETTERS} - _NO_UNITS, key=len, reverse=True)
-    plural = "|".join(rf"{re.escape(name.strip())}(?:s|es)?" for name in names)
-    return re.compile(_UNIT_IN_WORDS.replace("UNITS", plural))
+    names = sorted({*units, *_MORE_UNITS} - _NO_UNITS, key=len, reverse=True)
+    unit = rf"(?:{'|'.join(re.escape(name.strip()) for name in names)})(?:s|es)?\.?(?:\^(?:\{{[0-9]\}}|[0-9]))?"
+    return re.compile(_UNIT_IN_WORDS.replace("UNIT", unit))
 
 
 def _plain_text(text: str) -> str:

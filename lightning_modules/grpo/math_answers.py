@@ -9,83 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cache
 from typing import Any
 
-from lightning_modules.grpo.numbers import join_digit_groups
+from lightning_modules.grpo.math_notation import TEXT, cleaned, without_unit
 
-# As LaTeX has them, so that a formula means the same however it was typed.
-_SYMBOLS = str.maketrans(
-    {
-        "\N{MINUS SIGN}": "-",
-        "\N{MULTIPLICATION SIGN}": r"\times ",
-        "\N{DIVISION SIGN}": r"\div ",
-        "\N{MIDDLE DOT}": r"\cdot ",
-        "\N{DOT OPERATOR}": r"\cdot ",
-        "\N{PLUS-MINUS SIGN}": r"\pm ",
-        "\N{GREEK SMALL LETTER PI}": r"\pi ",
-        "\N{INFINITY}": r"\infty ",
-        "\N{LESS-THAN OR EQUAL TO}": r"\le ",
-        "\N{GREATER-THAN OR EQUAL TO}": r"\ge ",
-        "\N{NOT EQUAL TO}": r"\ne ",
-        "\N{ELEMENT OF}": r"\in ",
-        "\N{UNION}": r"\cup ",
-        "\N{INTERSECTION}": r"\cap ",
-        "\N{EMPTY SET}": r"\emptyset ",
-        "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}",
-        "\N{DEGREE SIGN}": r"^{\circ}",
-        "\N{SUPERSCRIPT TWO}": "^{2}",
-        "\N{SUPERSCRIPT THREE}": "^{3}",
-        "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}",
-        "\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}",
-        "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}",
-        "\N{EURO SIGN}": "",
-        "\N{POUND SIGN}": "",
-        "\N{NO-BREAK SPACE}": " ",
-    }
-)
-_ROOT_OF_BRACKET = re.compile(r"\\?(?<![a-zA-Z])sqrt\s*\(([^()]*)\)")
-_ROOT = re.compile("\N{SQUARE ROOT}\\s*(\\([^()]*\\)|[0-9]+(?:\\.[0-9]+)?|[a-zA-Z])")
-_SCIENTIFIC = re.compile(
-    r"(?<![\w.\\}/^])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-    r"(?:[eE]([-+]?[0-9]{1,3})(?![\w.{^])"
-    r"|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{([-+]?[0-9]{1,3})\}|([-+]?[0-9]{1,3})(?![0-9])))"
-)
-_MIXED = re.compile(r"(?<![\w./}])([0-9]+)(?:\s|\\[ ,;:]|~)+([0-9]+)/([0-9]+)(?![\w/.])")
-_BASED = re.compile(r"(?<![\w.}])([0-9]+)_(?:\{([0-9]{1,2})\}|([0-9]))(?![\w])")
-_REPEATING = re.compile(r"(?<![\w.}])([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{([0-9]+)\}(?![\w{])")
 _SPACED_GROUPS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?: [0-9]{3})+(?:\.[0-9]+)?")
-# Names that typists leave without a backslash; letters by themselves would be a product.
-_NAMES = re.compile(
-    r"(?<![\\a-zA-Z{])(pi|theta|alpha|beta|gamma|lambda|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln)"
-    r"(?![a-zA-Z])"
-)
-
-_TEXT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|sf)|mbox|operatorname)"
-_WRAPPED = re.compile(_TEXT + r"\s*\{([^{}]*)\}")
-_DEGREES = re.compile(rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:\s*(?:{_TEXT}\{{\s*[CFK]\s*\}}|[CF]\b))?")
-_UNIT_IN_TEXT = re.compile(
-    rf"(?<=[\w}})!])(?:\s|\\[,;:! ]|~)*{_TEXT}\s*\{{([^{{}}0-9]*)\}}(?:\s*\^\s*(?:\{{-?[0-9]\}}|[0-9]))?$"
-)
-# A number by itself, then words; `\pi r^2 h` is a product.
-_COUNTED = r"([-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|[0-9]*\s*\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|[0-9]+/[0-9]+"
-_COUNTED += r"|[0-9]*\s*\\(?:sqrt\s*\{[0-9]+\}|pi)))"
-_UNIT_IN_WORDS = rf"{_COUNTED}(?:\s|\\[,;: ]|~)+(?:(?:square|cubic|sq|cu)\.?\s+)?UNIT(?:(?:\s*/\s*|\s+per\s+)UNIT)?"
-# Words after a number that change it, and what math-verify lists as units but algebra writes as products.
-_FACTORS = frozenset("hundred thousand million billion trillion dozen score lakh crore half and or if e i d".split())
-_NO_UNITS = frozenset({"ab", "bc", "by", "per", "more", "less", "o", "c", "t", "d", "l"})
-_MORE_UNITS = tuple(
-    "m s g h L mL dollar euro week foot mi oz ounce person people gram kilogram kilometer centimeter millimeter".split()
-)
-
+_WRAPPED = re.compile(TEXT + r"\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]*\*?\}|\\[a-zA-Z]+")
 _WORD = re.compile(
-    r"[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+(?:[a-zA-Z]{2,}|[0-9])|(?<![a-zA-Z])(?:is|are|the|was|of|to)(?![a-zA-Z])", re.IGNORECASE
+    r"[a-zA-Z]{4,}|[a-zA-Z]{2,}\s+(?:[a-zA-Z]{2,}|[0-9])|(?<![a-zA-Z])(?:is|are|the|was|of|to)(?![a-zA-Z])",
+    re.IGNORECASE,
 )
 _PARSERS_WORDS = re.compile(r"\b(?:infinity|percent(?:age)?)\b", re.IGNORECASE)
 # math-verify would add or multiply numbers that stand side by side, and drop dots that go on.
-_UNREADABLE = re.compile(r"(?<![_^])[0-9](?:\s|\\[ ,;:]|~|\\q?quad)+[0-9]|\\(?:l|c)?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS}")
+_UNREADABLE = re.compile(
+    r"(?<![_^])[0-9](?:\s|\\[ ,;:]|~|\\q?quad)+[0-9]|\\(?:l|c)?dots|\.\.\.|\N{HORIZONTAL ELLIPSIS}"
+)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -93,9 +33,11 @@ _UNBRACED = re.compile(r"[^\s$]+")
 _DELIMITED = re.compile(r"(?<!\\)\$.*?(?<!\\)\$|\\\(.*?\\\)|\\\[.*?\\\]", re.DOTALL)
 _PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 _ANCHOR = re.compile(r"\banswer\b(?:\s*(?:is|=))?\s*:?", re.IGNORECASE)
-# A run without spaces that only LaTeX explains: of it, math-verify would take a number.
+# What only LaTeX explains, with what is added to it or equal: of it, math-verify would take a number.
 _BARE_LATEX = re.compile(
-    r"(?<!\S)(?:[^\s$]{1,40} [-+=] ){0,9}[^\s$]{0,99}(?:\\[a-zA-Z]|\^|[0-9][a-zA-Z][^\s$]{0,99}[-+*=])[^\s$]*(?: [-+=] [^\s$]+)*(?<![.,;:!?])"
+    r"(?<!\S)(?:[^\s$]{1,40} [-+=] ){0,9}"
+    r"[^\s$]{0,99}(?:\\[a-zA-Z]|\^|[0-9][a-zA-Z][^\s$]{0,99}[-+*=])[^\s$]*"
+    r"(?: [-+=] [^\s$]+)*(?<![.,;:!?])"
 )
 _CHOICE = re.compile(r"\(?([A-J])\)?[.:]?|(?:\(([A-J])\)|([A-J])[).:])(?:\s|\\|~).*", re.DOTALL)
 _LETTERS = tuple("ABCDEFGHIJ")
@@ -107,7 +49,7 @@ class Answer:
     """An answer, read.
 
     Attributes:
-        text: Its letters and digits, for answers in words; empty where there are none.
+        text: What it says, for those in words.
         choice: The letter of a multiple choice, where it is one.
         words: Whether it is words and no formula.
         formula: What math-verify reads, None where it cannot.
@@ -133,14 +75,14 @@ def read_answer(source: str, seconds: int | None) -> Answer:
         source: Such as the content of a box.
         seconds: Limit for a parse; None for none.
     """
-    source = _cleaned(_undelimited(source))
+    source = cleaned(_undelimited(source))
     plain = _undelimited(_WRAPPED.sub(r"\1", source))
     choice = _CHOICE.fullmatch(plain)
     rest = _WRAPPED.sub("", source).strip(" ().~\\,")
     words = (not rest and any(map(str.isalpha, plain))) or (plain.isalpha() and len(plain) >= 4)
     if not rest and not words:
         source = plain  # digits as text
-    bare = _without_unit(source)
+    bare = without_unit(source)
     return Answer(
         text=_plain_text(plain),
         choice=next(filter(None, choice.groups())) if choice else None,
@@ -186,13 +128,13 @@ def is_equal(gold: Answer, completion: str, seconds: int | None) -> bool:
         found = [
             read_answer(one, seconds) for one in wholes if len(one) < _LONG and not _DELIMITED.search(one)
         ]
+    if (gold.words or gold.choice is not None) and any(gold.text == one.text for one in found):
+        return True
     if gold.choice is not None:
         letters = [one.choice for one in found if one.choice is not None]
         if not letters and inner is None:
             letters = _letters_in(completion, seconds)
         return gold.choice in letters[-1:]
-    if gold.text and any(gold.text == one.text for one in found):
-        return True
     if gold.words:
         return False
     formulas = [(one.formula, one.bare) for one in found if one.bare is not None]
@@ -265,63 +207,16 @@ def _undelimited(text: str) -> str:
         for left, right in _PAIRS:
             inner = text[len(left) : -len(right)]
             long = len(text) > len(left) + len(right)
-            if long and text.startswith(left) and text.endswith(right) and left not in inner and right not in inner:
+            if (
+                long
+                and text.startswith(left)
+                and text.endswith(right)
+                and left not in inner
+                and right not in inner
+            ):
                 text = inner
                 break
     return text
-
-
-def _cleaned(text: str) -> str:
-    """The same mathematics in LaTeX that the parser reads as it is meant."""
-    text = join_digit_groups(text, commas=False).translate(_SYMBOLS)
-    text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1].strip('()')}}}", text)
-    text = _ROOT_OF_BRACKET.sub(r"\\sqrt{\1}", text)
-    text = _SCIENTIFIC.sub(_exact, text)
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    text = _BASED.sub(_decimal, text)
-    text = _REPEATING.sub(_fraction, text)
-    text = _NAMES.sub(r"\\\1", text)
-    return _DEGREES.sub("", text)
-
-
-def _exact(number: re.Match[str]) -> str:
-    """A number with an exponent, exactly: decimals are compared to six places only."""
-    exponent = next(filter(None, number.groups()[1:]))
-    top, bottom = Decimal(f"{number[1]}e{exponent}").as_integer_ratio()
-    return str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}"
-
-
-def _decimal(number: re.Match[str]) -> str:
-    """A number of another base; the parser would drop the base."""
-    base = int(number[2] or number[3])
-    try:
-        return str(int(number[1], base))
-    except ValueError:
-        return number[0]
-
-
-def _fraction(number: re.Match[str]) -> str:
-    """A repeating decimal."""
-    whole, fixed, period = number.groups()
-    top = int(f"{whole}{fixed}{period}") - int(f"0{whole}{fixed}")
-    return rf"\frac{{{top}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}"
-
-
-def _without_unit(text: str) -> str:
-    unit = _UNIT_IN_TEXT.search(text)
-    if unit is not None:
-        return text if _FACTORS & set(unit[1].casefold().split()) else text[: unit.start()]
-    counted = _unit_in_words().fullmatch(text)
-    return counted[1] if counted else text
-
-
-@cache
-def _unit_in_words() -> re.Pattern[str]:
-    from latex2sympy2_extended.math_normalization import units
-
-    names = sorted({*units, *_MORE_UNITS} - _NO_UNITS, key=len, reverse=True)
-    unit = rf"(?:{'|'.join(re.escape(name.strip()) for name in names)})(?:s|es)?\.?(?:\^(?:\{{[0-9]\}}|[0-9]))?"
-    return re.compile(_UNIT_IN_WORDS.replace("UNIT", unit))
 
 
 def _plain_text(text: str) -> str:
@@ -356,7 +251,7 @@ def _found_in(text: str, seconds: int | None, *, numbers: bool = True) -> Any | 
     """Let math-verify find the answer in a text; None where there is none."""
     from math_verify import ExprExtractionConfig, parse
 
-    text = _cleaned(_DELIMITED.sub(_bare_formula, text))
+    text = cleaned(_DELIMITED.sub(_bare_formula, text))
     if numbers:
         text = "".join(_outside_formulas(text, lambda part: _BARE_LATEX.sub(lambda one: f"${one[0]}$", part)))
     parsed = parse(
@@ -373,7 +268,7 @@ def _bare_formula(formula: re.Match[str]) -> str:
     """A formula between its delimiters, without a unit."""
     for left, right in _PAIRS:
         if formula[0].startswith(left) and formula[0].endswith(right) and len(formula[0]) > len(left + right):
-            return left + _without_unit(formula[0][len(left) : -len(right)].rstrip()) + right
+            return left + without_unit(formula[0][len(left) : -len(right)].rstrip()) + right
     return formula[0]
 
 
@@ -397,7 +292,7 @@ def _letters_in(text: str, seconds: int | None) -> list[str]:
 
 @cache
 def _latex() -> Any:
-    """How formulas are read: no units, since it takes those of `2ab` and `\\pi r^2 h` to be some, and no boxes."""
+    """How formulas are read: without its units, since it takes letters of `2ab` and `4h` for some, and its boxes."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig
 

@@ -53,12 +53,14 @@ def join_digit_groups(text: str, *, commas: bool = True) -> str:
 
 def _joined(run: re.Match[str]) -> str:
     """The number that a run of digits and separators is; the run itself where it is several."""
+    first: str
+    groups: list[str]
     first, *groups = re.findall("[0-9]+", run[0])
     separators = {one for one in re.split("[0-9]+", run[0]) if one}
     if len(separators) == 1 and first[0] != "0" and len(first) <= 3 and all(len(one) == 3 for one in groups):
-        return first + "".join(groups)
+        return "".join((first, *groups))
     # Braces keep LaTeX from setting a space after a comma, so such a comma stands inside one number.
-    return ".".join((first, *groups)) if separators == {"{,}"} and len(groups) == 1 else run[0]
+    return ".".join((first, *groups)) if separators == {"{,}"} and len(groups) == 1 else str(run[0])
 
 
 def last_number(text: str) -> Decimal | None:
@@ -69,10 +71,9 @@ def last_number(text: str) -> Decimal | None:
     >>> last_number(r"It costs \$7{,}250.50 in all.")
     Decimal('7250.50')
     """
-    found = None
-    for found in _NUMBER.finditer(join_digit_groups(text.replace("\N{MINUS SIGN}", "-"))):
-        pass
-    if found is None:
+    numbers = list(_NUMBER.finditer(join_digit_groups(text.replace("\N{MINUS SIGN}", "-"))))
+    if not numbers:
         return None
+    found = numbers[-1]
     exponent = found["e"] or found["plain"] or found["braced"] or "0"
     return Decimal(f"{found['sign'] or ''}{found['digits']}e{exponent}")

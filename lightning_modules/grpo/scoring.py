@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any, Literal
 
 import torch
@@ -226,7 +226,7 @@ def _numbers(
                 f"reward function {name!r} returned {_short(value)} of type {type(value).__name__} for row "
                 f"{i}: expected a number, or None for 'not applicable'"
             )
-        if abs(number) > LARGEST_REWARD and (math.isfinite(number) or isinstance(value, int)):
+        if abs(number) > LARGEST_REWARD and (math.isfinite(number) or isinstance(value, Rational)):
             raise RewardError(
                 f"reward function {name!r} returned {_short(value)} for row {i} ({_shown(rows[i])}): rewards beyond "
                 f"{LARGEST_REWARD:g} are too large for float32; scale them down"

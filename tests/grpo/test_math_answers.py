@@ -1,0 +1,315 @@
+"""MathVerify reads an answer as a whole: gold and completion in many forms, each with its right reward."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+
+from lightning_modules.grpo.math_answers import last_box
+from lightning_modules.grpo.rewards import AnyOf, MathVerify, NumericAnswer
+
+NAN = math.nan
+
+
+def boxed(answer: str) -> str:
+    return rf"So it is \boxed{{{answer}}}."
+
+
+CASES = [  # gold, completion, right reward; NAN where no right reward can be had
+    (r"5\sqrt{7}", boxed(r"5\sqrt{7}"), 1),
+    (r"5\sqrt{7}", boxed("5"), 0),
+    (r"5\sqrt{7}", r"It is $5\sqrt{7}$.", 1),
+    (r"5\sqrt{7}", r"It is 5\sqrt{7}.", 1),
+    ("5", r"It is 5\sqrt{7}.", 0),
+    (r"$5\sqrt{7}$", boxed("5"), 0),
+    ("5\u221a7", boxed(r"5\sqrt7"), 1),
+    ("5\u221a7", boxed("57"), 0),
+    ("7\u03c0", boxed(r"7\pi"), 1),
+    ("pi/3", boxed(r"\frac{\pi}{3}"), 1),
+    ("5*sqrt(7)", boxed(r"5\sqrt{7}"), 1),
+    ("3^{4}", boxed("81"), 1),
+    ("3^{4}", boxed("3"), 0),
+    ("3^{4}", "3^4", 1),
+    ("3", "3^{4}", 0),
+    (r"24,\!000", boxed("24000"), 1),
+    (r"24,\!000", boxed("0"), 0),
+    ("24000", boxed("24{,}000"), 1),
+    ("24000", r"There are 24\,000 people", 1),
+    ("24 000", boxed("24000"), 1),
+    ("24'000", boxed("24,000"), 1),
+    ("24000", boxed("24~000"), 1),
+    ("24000", boxed("24 000"), 1),
+    (r"\dfrac{\pi}{3}", boxed(r"\frac{\pi}{3}"), 1),
+    (r"\frac{\pi}{3}", boxed(r"\frac{1}{3}"), 0),
+    ("(2,5]", boxed("(2,5]"), 1),
+    ("(2,5]", boxed("(2,5)"), 0),
+    ("(2,5]", boxed(r"x \in (2,5]"), 1),
+    ("(2,5]", boxed("5"), 0),
+    (r"[2, \infty)", boxed(r"[2,\infty)"), 1),
+    ("y^2-1", boxed("y^2-1"), 1),
+    ("y^2-1", boxed("(y-1)(y+1)"), 1),
+    ("y^2-1", boxed("1"), 0),
+    ("2x+3", "2x+3", 1),
+    ("2", "2x+3", 0),
+    ("2x+3", boxed("y=2x+3"), 1),
+    (r"\text{C}", boxed("C"), 1),
+    (r"\text{C}", boxed(r"\text{(C)}"), 1),
+    ("(B)", boxed("B"), 1),
+    ("(B)", boxed("C"), 0),
+    ("C", "The answer is (C).", 1),
+    ("C", "The answer is C.", 1),
+    ("C", "Answer: **C**", 1),
+    ("C", "The answer is (B).", 0),
+    ("C", boxed(r"\textbf{(C)}\ 12"), 1),
+    ("C", "C", 1),
+    ("C", boxed("12"), 0),
+    ("(C)", r"$\textbf{C}$", 1),
+    ("3,8", boxed("3,8"), 1),
+    ("3,8", boxed("8,3"), 1),
+    ("3,8", boxed("8"), 0),
+    ("3, 8", boxed(r"\{3,8\}"), 1),
+    (["3", "8"], boxed("3,8"), 1),
+    (["3", "8"], boxed("8"), 0),
+    ([3, 8], boxed(r"3 \text{ and } 8"), 1),
+    (["3"], boxed("3"), 1),
+    (["1/2", "0.5"], boxed(r"\frac12"), 1),
+    (["1/2", "0.5"], boxed("3"), 0),
+    ("3,8", "The roots are $3$ and $8$.", 1),
+    ("2.5e4", boxed("25000"), 1),
+    ("2.5e4", boxed("2.5"), 0),
+    ("2.5e4", boxed(r"2.5 \times 10^4"), 1),
+    ("2.5e4", "It is 2.5e4", 1),
+    ("25000", "It is 2.5e4 m", 1),
+    ("2.5", "2.5e4", 0),
+    (25000.0, boxed("25000"), 1),
+    (1e16, boxed("10^{16}"), 1),
+    (0.5, boxed(r"\frac12"), 1),
+    (1e-07, boxed("10^{-7}"), 1),
+    (r"50\%", boxed(r"50\%"), 1),
+    ("50%", boxed("50"), 1),
+    (r"\$5", boxed("5"), 1),
+    ("$5", boxed("5"), 1),
+    (r"\$1,250", boxed("1250"), 1),
+    (r"5\text{ cm}", boxed("5"), 1),
+    ("5 cm", boxed("5"), 1),
+    ("5", boxed(r"5\text{ cm}"), 1),
+    (r"12\,\text{cm}^2", boxed("12"), 1),
+    ("12", boxed(r"12 \mathrm{~cm}^{2}"), 1),
+    ("5 apples", boxed("5"), 1),
+    ("2 million", boxed("2"), NAN),
+    (r"2\text{ million}", boxed("2"), 0),
+    (r"90^\circ", boxed("90"), 1),
+    ("90\u00b0", boxed(r"90^\circ"), 1),
+    ("5", r"It is $5\text{ cm}$.", 1),
+    ("5 km", boxed(r"5 \text{ miles}"), 1),
+    ("2ab", boxed("2"), 0),
+    ("2ab", boxed("2ab"), 1),
+    (r"\pi r^2 h", boxed(r"\pi r^2"), 0),
+    (r"\pi r^2 h", boxed(r"\pi h r^2"), 1),
+    ("3h", boxed("3"), 0),
+    ("3h", boxed("3h"), 1),
+    ("2", "$2ab$", 0),
+    (r"2\frac{1}{3}", boxed(r"\frac{7}{3}"), 1),
+    ("2 1/3", boxed(r"\frac73"), 1),
+    ("2 1/3", boxed("1"), 0),
+    (r"1\frac12", boxed("1.5"), 1),
+    (r"-2\frac13", boxed(r"-\frac73"), 1),
+    (
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        boxed(r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+        1,
+    ),
+    (r"\begin{pmatrix} 1 \\ 4 \end{pmatrix}", boxed(r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}"), 0),
+    (r"\begin{pmatrix} 1 \\ 4 \end{pmatrix}", boxed("4"), 0),
+    (r"\pm 3", boxed(r"\pm 3"), 1),
+    (r"\pm 3", boxed("3,-3"), 1),
+    (r"\pm 3", boxed("3"), 0),
+    (r"3 \pm \sqrt2", boxed(r"3+\sqrt2, 3-\sqrt2"), 1),
+    (r"x = \pm 3", boxed(r"\pm 3"), 1),
+    (r"x=\pm 3", boxed("3"), 0),
+    ("x=5", boxed("5"), 1),
+    ("5", boxed("x=5"), 1),
+    ("x=5", boxed("x=5"), 1),
+    ("x^2+y^2=4", boxed("x^2+y^2=4"), 1),
+    ("x^2+y^2=4", boxed("4"), 0),
+    (r"x=3 \text{ or } x=8", boxed("3,8"), 1),
+    ("101_2", boxed("101_2"), 1),
+    ("101_2", boxed("101"), 0),
+    ("2516_8", boxed("2516_{8}"), 1),
+    ("10!", boxed("3628800"), 1),
+    ("3:4", boxed(r"\frac34"), 1),
+    ("no formula", "no idea", NAN),
+    ("The answer is 5", boxed("5"), 1),
+    ("The answer is $5$.", boxed("5"), 1),
+    (r"Final answer: 5\sqrt7", boxed(r"5\sqrt7"), 1),
+    (r"Final answer: 5\sqrt7", boxed("7"), 0),
+    ("There are 3 dogs and 4 cats", boxed("4"), NAN),
+    ("June 20", boxed("20"), NAN),
+    (r"\text{June 20}", boxed(r"\text{June 20}"), 1),
+    (r"\text{June 20}", boxed("20"), 0),
+    ("Evelyn", boxed("Evelyn"), 1),
+    ("Evelyn", boxed(r"\text{Evelyn}"), 1),
+    ("Evelyn", "The answer is Evelyn.", 1),
+    (r"\text{Evelyn}", boxed("Bob"), 0),
+    ("east", boxed("seat"), 0),
+    ("yes", "Yes.", 1),
+    (r"\text{no solution}", boxed("No solution"), 1),
+    (r"x \equiv 5 \pmod 7", boxed("5"), NAN),
+    (r"$x \equiv 5 \pmod 7$", boxed("5"), NAN),
+    (r"\foo{3}", boxed("3"), NAN),
+    ("3 4", boxed("7"), NAN),
+    (r"5,6,\ldots", boxed("5,6"), NAN),
+    ("", boxed("5"), NAN),
+    (r"0.\overline{3}", boxed(r"\frac13"), 1),
+    (r"0.1\overline{6}", boxed(r"\frac16"), 1),
+    ("5.", boxed("5"), 1),
+    ("-.5", boxed(r"-\frac12"), 1),
+    ("7", r"\boxed{3} then \boxed{7}", 1),
+    ("3", r"\boxed{3} then \boxed{7}", 0),
+    ("7", r"$\boxed{3} = \boxed{7}$", 1),
+    ("7", r"\boxed{3}, \boxed{7}", 1),
+    ("3", r"\boxed{3} and \boxed{7", 0),
+    (r"\boxed{3} so \boxed{7}", boxed("7"), 1),
+    (r"\boxed{3} so \boxed{7}", boxed("3"), 0),
+    ("7", r"\boxed{7}. Final answer is $3$. I hope it is correct.", 1),
+    ("7", r"\boxed{$7$}", 1),
+    ("7", r"\fbox{7}", 1),
+    ("7", r"\boxed 7", 1),
+    (r"\frac12", r"\boxed{\frac{1}{2}}", 1),
+    ("7", r"\boxed{3\boxed{7}}", 1),
+    (r"\{1,2\}", r"\boxed{\left\{1,2\right\}}", 1),
+    ("7", r"\boxed{}", 0),
+    ("72", "24 + 48\n#### 72", 1),
+    ("24 + 48\n#### 72", "72", 1),
+    ("1,234", boxed("1234"), 1),
+    ("1234", boxed("1,234"), 1),
+    ("1{,}234", boxed("234"), 0),
+    (r"\emptyset", boxed(r"\emptyset"), 1),
+    (r"\mathbb{R}", boxed(r"\mathbb{R}"), 1),
+    (r"(-\infty,3)\cup(5,\infty)", boxed(r"(5,\infty) \cup (-\infty,3)"), 1),
+    (r"2<x\le 5", boxed("(2,5]"), 1),
+    (r"x\le5", boxed(r"x \le 5"), 1),
+    (r"\frac{3}{4}", "0.75", 1),
+    (r"\frac{3}{4}", "It is 3/4.", 1),
+    ("3/4", r"The answer is $\frac{3}{4}$", 1),
+    (r"\frac{\sqrt{3}}{2}", r"\[ \frac{\sqrt{3}}{2} \]", 1),
+    (r"\(\frac{1}{2}\)", boxed("0.5"), 1),
+    ("(3,8)", boxed("(3,8)"), 1),
+    ("(3,8)", boxed("(8,3)"), 0),
+    ("(1,2,3)", boxed("(1,2,3)"), 1),
+    (r"(\frac12, 3)", boxed("3"), 0),
+    ("2+3i", boxed("3i+2"), 1),
+    ("2+3i", boxed("2+3"), 0),
+    (r"\text{A, C}", boxed("A, C"), 1),
+    ("A, C", boxed("C, A"), 1),
+    ("ABC", boxed("ABC"), 1),
+    (r"\angle ABC", boxed(r"\angle ABC"), 1),
+    (r"\mathrm{cm}", boxed("5"), 0),
+    ("48,000 dollars", boxed("48000"), 1),
+    (r"\textbf{(B)}\ 12", boxed("B"), 1),
+    ("x>3", boxed("x > 3"), 1),
+    ("x>3", boxed("3"), 0),
+    ("10^{-3}", boxed("0.001"), 1),
+    (r"\frac{1}{2}\pi", boxed(r"\frac{\pi}{2}"), 1),
+    (r"8 \text{ m/s}", boxed("8"), 1),
+    ("8 m/s", boxed("8"), 1),
+    ("3 hours", boxed("3"), 1),
+    ("5 red apples", boxed("5"), NAN),
+    ("3 dozen", boxed("3"), NAN),
+    ("0.0000001", boxed("1e-7"), 1),
+    ("60 km per hour", boxed("60"), 1),
+    (r"\sqrt{3} cm", boxed(r"\sqrt3"), 1),
+    (r"\frac{3}{4} miles", boxed(r"\frac34"), 1),
+    ("5 square feet", boxed("5"), 1),
+    (r"4\pi", boxed(r"4 \pi \text{ cm}"), 1),
+    ("7 - 2x", boxed("7-2x"), 1),
+    (r"\sqrt{x^2+1}", boxed(r"\sqrt{x^2+1}"), 1),
+    ("f(x)=x^2", boxed("x^2"), 1),
+    (r"\log_2 8", boxed("3"), 1),
+    (r"\binom{5}{2}", boxed("10"), 1),
+    (r"\text{odd}", boxed("odd"), 1),
+    ("True", boxed("True"), 1),
+    ("True", "The statement is false. Answer: False", 0),
+    ("x", boxed("x"), 1),
+    ("n", boxed("m"), 0),
+    ("12:30", boxed("12:30"), 1),
+    ("1,2,3", boxed(r"\{1,2,3\}"), 1),
+    (r"\{1, 2\}, \{3\}", boxed(r"\{1, 2\}, \{3\}"), 1),
+    ("-3", boxed("\u22123"), 1),
+    ("-3", boxed("3"), 0),
+    (r"\frac{-1}{2}", boxed("-0.5"), 1),
+    (r"\dfrac 12", boxed("1/2"), 1),
+    (r"1.5 \times 10^{-5}", boxed("1.5e-5"), 1),
+    (r"\$1{,}250.50", boxed("1250.5"), 1),
+    ("\u00a33", boxed("3"), 1),
+    (r"8\%", boxed("0.08"), 1),
+    (r"\infty", boxed(r"\infty"), 1),
+    (r"x < 3 \text{ or } x > 5", boxed(r"x<3 \text{ or } x>5"), 1),
+    ("A", boxed("A"), 1),
+    ("E", boxed("D"), 0),
+    ("4", boxed(r"4 \, \mathrm{kg}"), 1),
+    (r"\begin{cases} x=1 \\ y=2\end{cases}", boxed("2"), NAN),
+    (r"2\sqrt{3}+1", r"the result is 2\sqrt{3} + 1", 1),
+    ("y=3x-4", "4", 0),
+    ("12", "Total: 12 apples", 1),
+    ("12", "He has 12.", 1),
+    (r"\frac{1}{2}", "so x equals 1/2", 1),
+    (r"\text{(A)}", "(A)", 1),
+    ("3", "x = 3", 1),
+    (r"\sin(x)", boxed("sin(x)"), 1),
+    (r"2\text{ and }3", boxed("2,3"), 1),
+    ("[1,100]", boxed("[1,100]"), 1),
+    ("(1,100)", boxed("1100"), 0),
+    ("{5}", boxed("5"), 1),
+]
+
+
+def test_answers_in_many_forms(caplog):
+    caplog.set_level(logging.ERROR)
+    wrong = []
+    for gold, completion, right in CASES:
+        [reward] = MathVerify()([completion], answer=[gold])
+        if not (reward == right or (reward is None and math.isnan(right))):
+            wrong.append(f"gold {gold!r}, completion {completion!r}: {reward}, right {right}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_list_may_hold_alternatives():
+    golds = ["3", "8"]
+    together = [MathVerify().score(boxed(text), golds) for text in ("8, 3", "8", "5")]
+    assert together == [1, 0, 0]
+    each = [MathVerify(any_of=True).score(boxed(text), golds) for text in ("8, 3", "8", "5")]
+    assert each == [0, 1, 0]
+    assert MathVerify(any_of=True).score(boxed("8"), ["there is none of it", "8"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("no box", None),
+        (r"\boxed{1} \boxed {2}", "2"),
+        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+        (r"\boxed{1} \boxed{2", ""),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"$\boxed 5$", "5"),
+        (r"\boxed", ""),
+    ],
+)
+def test_the_last_box(text, content):
+    assert last_box(text) == content
+
+
+@pytest.mark.parametrize("gold", [{"value": 5}, [["5"]], [None], NAN, math.inf, b"5"])
+@pytest.mark.parametrize("reward", [MathVerify("gold"), NumericAnswer("gold"), AnyOf("gold")])
+def test_golds_that_are_no_text_or_number_are_refused(reward, gold):
+    with pytest.raises(ValueError, match="compares text or numbers, but a row of the column 'gold' holds"):
+        reward(["5"], gold=[gold])
+
+
+def test_numeric_answer_takes_one_number():
+    assert NumericAnswer()(["5", "5", "4"], answer=[["5"], 5, 5.0]) == [1, 1, 0]
+    with pytest.raises(ValueError, match="compares one number, but the column 'answer' holds 2"):
+        NumericAnswer()(["5"], answer=[["3", "5"]])
+    assert AnyOf()(["5"], answers=[5]) == [1]

@@ -54,7 +54,7 @@ def fit(model, folder, rewards, *callbacks, steps=2, scoring=None, **options):
         adapter=None,
         sampling=Sampling(max_new_tokens=3),
     )
-    data = ArithmeticDataModule(operands=2, max_value=9, num_train=64, num_val=4, batch_size=2)
+    data = ArithmeticDataModule(max_operand=9, train_size=32, val_size=4, batch_size=2)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,

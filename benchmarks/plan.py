@@ -27,6 +27,8 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
+
 MIB = 2**20
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 LORA = {

@@ -15,6 +15,7 @@ import platform
 import time
 from importlib.metadata import version
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
 import torch
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 

@@ -1,12 +1,13 @@
 """Times routed LoRA against PEFT's Arrow layer and a single LoRA, by itself and in the whole of SmolLM2-135M.
 
-    OMP_NUM_THREADS=2 python benchmarks/routing.py [--repeats 15] [--no-model]
+    OMP_NUM_THREADS=2 python benchmarks/routing.py [--repeats 15] [--no-model] [--busy 1]
 
 Prints one JSON line for each measurement: medians in milliseconds of a forward pass in float32 without gradient, top
 4 of E experts of rank 8. "layer" is the whole of Arrow (prototype scores, top 4, softmax, experts) as PEFT's
 ArrowLoraLinearLayer does it; "experts" is `routed_lora` alone, given the choice. Extra memory is the largest sum of
 live intermediates of `routed_lora`, in elements, with its output and without inputs, as a multiple of T k (r + 2 d).
-PEFT makes tensors of T x E x d elements; where they exceed 8 GB it is left out.
+PEFT makes tensors of T x E x d elements; where they exceed 8 GB it is left out. `--busy 1` measures beside a process
+that keeps one core busy; `GOMP_SPINCOUNT=300000` measures with OpenMP's own default.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import time
 import weakref
 from importlib.metadata import version
 
+from machine import busy  # before torch
+
+# isort: split
 import torch
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import nn
@@ -195,22 +199,31 @@ def whole_model(num_experts: int, tokens: int, repeats: int, dtype: torch.dtype)
 
 
 def main() -> None:
-    """Print one line per measurement."""
+    """Read the options and measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-model", action="store_true")
+    parser.add_argument("--busy", type=int, default=0, help="processes that keep a core busy each")
     arguments = parser.parse_args()
     facts = {
         "threads": torch.get_num_threads(),
+        "spins": os.environ.get("GOMP_SPINCOUNT"),
+        "busy": arguments.busy,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         **{name: version(name) for name in ("torch", "peft", "transformers")},
     }
     print(json.dumps(facts))
+    with busy(arguments.busy):
+        measure(arguments.repeats, whole=not arguments.no_model)
+
+
+def measure(repeats: int, *, whole: bool) -> None:
+    """Print one line per measurement."""
     for width in (576, 2048):
         for tokens in (512, 1):
-            lines = [layer_lines(width, tokens, count, arguments.repeats) for count in (16, 64, 256, 1024)]
+            lines = [layer_lines(width, tokens, count, repeats) for count in (16, 64, 256, 1024)]
             for line in lines:
                 print(json.dumps(line), flush=True)
             ratio = round(lines[-1]["experts_ms"] / lines[1]["experts_ms"], 2)
@@ -219,9 +232,9 @@ def main() -> None:
                     {"measurement": "1024 by 64 experts", "d": width, "tokens": tokens, "ratio": ratio}
                 )
             )
-    if not arguments.no_model:
+    if whole:
         for dtype in (torch.float32, torch.bfloat16):
-            print(json.dumps(whole_model(64, 512, max(3, arguments.repeats // 3), dtype)), flush=True)
+            print(json.dumps(whole_model(64, 512, max(3, repeats // 3), dtype)), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
+
 RANK, ROWS, TOKENS = 16, 8, 64
 
 

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
+
 TASKS = ["antonyms", "first_word_letter", "larger_animal", "num_to_verbal", "singular_to_plural", "sum"]
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 DENSITY, RANK = 0.05, 10  # 830 thousand against 806 thousand parameters

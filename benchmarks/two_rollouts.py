@@ -25,6 +25,8 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
+
 OPERAND, HELD_OUT, ROLLOUTS, UPDATES, EVERY = 50, 250, 128, 384, 8
 RATES, GRID_SEED, TIMING_SEED = (2.0e-4, 4.0e-4, 8.0e-4, 1.6e-3), 0, -1
 SEEDS = (1, 2, 3, 4, 5)

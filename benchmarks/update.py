@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import machine  # noqa: F401  (sets how long OpenMP's threads spin, before torch is imported)
+
 RANK, COMPLETION_TOKENS = 16, 64
 # name: (completions of a prompt, prompts, tokens of a prompt; lengths vary by a tenth)
 SETTINGS = {"S1": (8, 4, 44), "S2": (16, 2, 445), "S3": (2, 16, 445), "S4": (2, 64, 44)}

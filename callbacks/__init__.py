@@ -10,6 +10,7 @@ from callbacks.prompt_curriculum import PromptCurriculum
 from callbacks.rank_watch import RankWatch
 from callbacks.rollout_table import RolloutTable
 from callbacks.routing_report import RoutingReport
+from callbacks.run_number import RunNumber
 from callbacks.sparse_stats import SparseStats
 from callbacks.training_alarm import TrainingAlarm
 from callbacks.wandb_run import WandbRun
@@ -25,6 +26,7 @@ __all__ = [
     "RankWatch",
     "RolloutTable",
     "RoutingReport",
+    "RunNumber",
     "SparseStats",
     "TrainingAlarm",
     "WandbRun",

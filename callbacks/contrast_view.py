@@ -30,6 +30,7 @@ from lightning_modules.grpo.module import GRPOModule
 from lightning_modules.grpo.rollout import Rollout
 from lightning_modules.logprobs import completion_logits, token_logprobs
 from lightning_modules.microbatches import pad_pairs
+from lightning_modules.ranges import check_whole, check_wholes
 
 
 class ContrastView(lightning.Callback):
@@ -78,11 +79,16 @@ class ContrastView(lightning.Callback):
             raise ImportError(
                 "ContrastView draws with matplotlib: pip install 'lightning-quiver[plots]', or set figure: null."
             )
-        numbers = {"every_n_steps": every_n_steps, "prompts": prompts, "sketch_dim": sketch_dim}
-        for name, value in {**numbers, "steps": min(steps or [1])}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1.")
-        if bad := [size for size in sizes if size < 2 or completions % size]:
+        for name, value in {
+            "every_n_steps": every_n_steps,
+            "prompts": prompts,
+            "completions": completions,
+        }.items():
+            check_whole(name, value)
+        check_wholes("steps", steps, none=True)
+        check_wholes("sizes", sizes, least=2)
+        check_whole("sketch_dim", sketch_dim, none=True, hint="null keeps whole gradients.")
+        if bad := [size for size in sizes if completions % size]:
             raise ValueError(
                 f"sizes={list(sizes)}: {bad[0]} does not divide completions={completions} into groups of 2 or more. "
                 "Leave it out, or set completions to a multiple of all sizes."

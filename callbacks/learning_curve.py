@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules.files import complete_file, set_aside
+from lightning_modules.ranges import check_whole
 
 _PANELS = {
     "train/reward": "reward",
@@ -31,8 +32,7 @@ class LearningCurve(lightning.Callback):
     def __init__(self, filename: str = "learning_curve.png", window: int = 5) -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise ImportError("LearningCurve draws with matplotlib: pip install 'lightning-quiver[plots]'")
-        if window < 1:
-            raise ValueError(f"window={window}: must be at least 1 step.")
+        check_whole("window", window)
         self.filename = filename
         self.window = window
         self._steps: list[int] = []

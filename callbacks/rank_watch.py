@@ -22,6 +22,8 @@ from lightning_modules.distributed import gathered
 from lightning_modules.errors import describe
 
 _SECONDS_TO_BLAME = 2.0  # between the first sign of trouble and naming its cause
+_SECONDS_TO_GREET = 2.0
+_MOST_BYTES = 1 << 20  # of a message; a traceback is shorter
 _SECONDS_TO_END = 40.0  # after that, in which a rank can end by itself
 
 
@@ -104,10 +106,10 @@ class _Line:
         mine = None
         if self._me["rank"] == 0:
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            is_local = host in ("localhost", "127.0.0.1", "::1")
-            self._listener = socket.create_server(("127.0.0.1" if is_local else "", 0))
+            host = "127.0.0.1" if host in ("localhost", "127.0.0.1", "::1") else host
+            self._listener = _listener(host)
             port = self._listener.getsockname()[1]
-            mine = ("127.0.0.1" if is_local else host, port, secrets.token_hex(16), self._me)
+            mine = (host, port, secrets.token_hex(16), self._me)
         place: tuple[str, int, str, dict[str, Any]] = gathered(mine)[0]
         return place
 
@@ -147,7 +149,7 @@ class _Line:
                     self._hear(one)
                 else:
                     assert self._listener is not None
-                    self._greet(_connection(self._listener.accept()[0]))
+                    self._greet(self._listener.accept()[0])
             first = self._failures[0]["time"] if self._failures else None
             if self._me["rank"] == 0 and first and time.monotonic() - first > _SECONDS_TO_BLAME:
                 self._blame()
@@ -155,22 +157,22 @@ class _Line:
                 self._wait_for_the_end()
                 return
 
-    def _greet(self, connection: Connection) -> None:
+    def _greet(self, line: socket.socket) -> None:
+        """Take a rank in; a stranger who is silent, slow or does not know the word is sent away."""
         try:
-            if not connection.poll(2):  # a stranger who says nothing
-                raise EOFError
-            hello = json.loads(connection.recv_bytes(4096))
-        except (OSError, EOFError, ValueError):
-            connection.close()
-            return
-        if hmac.compare_digest(str(hello.pop("key", "")), self._key):
-            self._peers[connection] = hello
+            hello = json.loads(_first_message(line))
+            known = hmac.compare_digest(str(hello.pop("key", "")).encode(), self._key.encode())
+            peer = {"rank": int(hello["rank"]), "process": int(hello["process"]), "host": str(hello["host"])}
+        except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            known = False
+        if known:
+            self._peers[_connection(line)] = peer
         else:
-            connection.close()
+            line.close()
 
     def _hear(self, connection: Connection) -> None:
         try:
-            message = json.loads(connection.recv_bytes())
+            message = json.loads(connection.recv_bytes(_MOST_BYTES))
         except (OSError, EOFError, ValueError):
             message = None
         peer = self._peers[connection]
@@ -247,6 +249,35 @@ def _message(cause: dict[str, Any]) -> str:
         f"Rank {cause['rank']} (process {cause['process']} on {cause['host']}) {cause['what'].rstrip('.')}.{hint} "
         "The other ranks stopped with it; --ckpt_path latest goes on from the last checkpoint."
     )
+
+
+def _listener(host: str) -> socket.socket:
+    """Listen where the ranks meet, not on all interfaces, unless that address is not this machine's own."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
+    except OSError:  # behind a translated address, say
+        return socket.create_server(("", 0))
+
+
+def _first_message(line: socket.socket) -> bytes:
+    """Read one message in the format of `multiprocessing.connection`, within a time and a size."""
+    deadline = time.monotonic() + _SECONDS_TO_GREET
+
+    def take(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            line.settimeout(max(deadline - time.monotonic(), 0.001))
+            piece = line.recv(count - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return data
+
+    size = int.from_bytes(take(4), "big", signed=True)
+    if not 0 < size <= 4096:
+        raise ValueError(f"a first message of {size} bytes")
+    return take(size)
 
 
 def _connection(line: socket.socket) -> Connection:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning_modules.distributed import gathered
 from lightning_modules.files import complete_file, naming, set_aside
 from lightning_modules.grpo.module import GRPOModule
+from lightning_modules.ranges import check_whole
 from lightning_modules.secrets import redact_strings
 
 _COLUMNS = ["step", "uid", "task", "prompt", "completion", "finish", "tokens", "reward", "advantage"]
@@ -31,12 +32,8 @@ class RolloutTable(lightning.Callback):
     def __init__(
         self, filename: str = "rollouts.jsonl", groups_per_step: int = 4, table_every_n_steps: int = 10
     ) -> None:
-        for name, value in {
-            "groups_per_step": groups_per_step,
-            "table_every_n_steps": table_every_n_steps,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1.")
+        check_whole("groups_per_step", groups_per_step)
+        check_whole("table_every_n_steps", table_every_n_steps)
         self.filename = filename
         self.groups_per_step = groups_per_step
         self.table_every_n_steps = table_every_n_steps

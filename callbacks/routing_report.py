@@ -27,6 +27,7 @@ from lightning_modules.files import complete_file, set_aside
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.watch import dense_weights, own_tasks, token_sums
+from lightning_modules.ranges import check_whole
 
 
 class RoutingReport(lightning.Callback):
@@ -60,8 +61,7 @@ class RoutingReport(lightning.Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, image: bool = True) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1.")
+        check_whole("every_n_steps", every_n_steps)
         if image and importlib.util.find_spec("matplotlib") is None:
             rank_zero_warn(
                 "RoutingReport draws with matplotlib: pip install 'lightning-quiver[plots]'. No picture."

@@ -22,6 +22,7 @@ from torch import Tensor
 from callbacks.density_figure import density_figure, heat_maps
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.files import complete_file, set_aside
+from lightning_modules.ranges import check_whole
 from lightning_modules.sharding import whole
 from lightning_modules.sparse.adapter import SparseAdapter
 from lightning_modules.sparse.stats import (
@@ -69,8 +70,7 @@ class SparseStats(lightning.Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, experts: list[str] | None = None, image: bool = True) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: must be at least 1.")
+        check_whole("every_n_steps", every_n_steps)
         if image and importlib.util.find_spec("matplotlib") is None:
             rank_zero_warn(
                 "SparseStats draws with matplotlib: pip install 'lightning-quiver[plots]'. No picture."

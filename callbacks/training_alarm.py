@@ -10,6 +10,7 @@ import lightning.pytorch as lightning
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.grpo.module import GRPOModule
+from lightning_modules.ranges import check_number, check_whole
 
 _METRICS = ("kl", "entropy", "clip_low", "clip_high", "completion_length", "reward", "accuracy")
 
@@ -55,20 +56,17 @@ class TrainingAlarm(lightning.Callback):
         window: int = 10,
         stop: bool = False,
     ) -> None:
-        bounds = {
-            "max_kl": (max_kl, 0.0, math.inf),
-            "min_entropy": (min_entropy, 0.0, math.inf),
-            "max_clip": (max_clip, 0.0, 1.0),
-            "max_length_growth": (max_length_growth, 1.0, math.inf),
+        bounds: dict[str, tuple[float | None, float, float | None]] = {
+            "max_kl": (max_kl, 0, None),
+            "min_entropy": (min_entropy, 0, None),
+            "max_clip": (max_clip, 0, 1),
+            "max_length_growth": (max_length_growth, 1, None),
         }
         for name, (value, low, high) in bounds.items():
-            if value is not None and not low < value < high:
-                between = f"above {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-                raise ValueError(f"{name}={value}: must be {between}, or null to watch something else.")
+            check_number(name, value, above=low, below=high, none=True, hint="null watches something else.")
         if all(value is None for value, _, _ in bounds.values()):
             raise ValueError(f"TrainingAlarm watches nothing. Set {', '.join(bounds)}, or leave it out.")
-        if window < 2:
-            raise ValueError(f"window={window}: must be at least 2 steps, because one step is noise.")
+        check_whole("window", window, least=2, hint="One step is noise.")
         self.max_kl = max_kl
         self.min_entropy = min_entropy
         self.max_clip = max_clip

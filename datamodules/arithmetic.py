@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from datamodules.base import Split, TextDataModule
-from datamodules.splits import permutation
+from datamodules.splits import check_sizes, permutation
+from lightning_modules.ranges import check_whole
 
 
 class ArithmeticDataModule(TextDataModule):
@@ -36,6 +37,8 @@ class ArithmeticDataModule(TextDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(prompt_column="question", answer_column="answer", **kwargs)
+        check_whole("max_operand", max_operand)
+        check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
         num_pairs = (max_operand + 1) * (max_operand + 2) // 2
         if val_size + test_size >= num_pairs:
             raise ValueError(

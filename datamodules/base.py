@@ -12,6 +12,7 @@ from datamodules.batches import Prompt, TextBatch
 from datamodules.loader import EvalLoader, TextLoader, TrainLoader
 from datamodules.rows import ColumnarRows, ParsedRow, RowFormat, Rows
 from datamodules.splits import permutation, weighted
+from lightning_modules.ranges import check_whole
 
 Split: TypeAlias = Literal["train", "val", "test"]
 
@@ -72,6 +73,9 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_whole("batch_size", batch_size)
+        check_whole("val_batch_size", val_batch_size, none=True, hint="null is batch_size.")
+        check_whole("seed", seed, least=0)
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.shuffle = shuffle

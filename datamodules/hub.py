@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.base import Split, TextDataModule
 from datamodules.rows import Rows
-from datamodules.splits import held_out
+from datamodules.splits import check_val_size, held_out
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -50,6 +50,7 @@ class HubDataModule(TextDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_val_size(val_size)
         if val_split is not None and val_size:
             raise ValueError(f"give either val_split={val_split!r} or val_size={val_size!r}, not both")
         self.path = path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.base import Split, TextDataModule
-from datamodules.splits import held_out
+from datamodules.splits import check_val_size, held_out
 
 
 class JsonlDataModule(TextDataModule):
@@ -35,6 +35,7 @@ class JsonlDataModule(TextDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_val_size(val_size)
         if val_file is not None and val_size:
             raise ValueError(f"give either val_file={val_file!r} or val_size={val_size!r}, not both")
         self.train_file = train_file

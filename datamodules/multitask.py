@@ -12,7 +12,8 @@ import torch
 
 from datamodules.base import Split, TextDataModule
 from datamodules.jsonl import read_jsonl
-from datamodules.splits import held_out, permutation, quotas, stable_hash
+from datamodules.splits import check_val_size, held_out, permutation, quotas, stable_hash
+from lightning_modules.ranges import check_number, check_whole
 
 
 class MultiTaskDataModule(TextDataModule):
@@ -61,8 +62,10 @@ class MultiTaskDataModule(TextDataModule):
         super().__init__(
             prompt_column="input", answer_column="output", task_column="task", template=template, **kwargs
         )
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} must be above 0; 1 is proportional to size")
+        check_number("temperature", temperature, above=0, hint="1 is proportional to size.")
+        check_whole("examples_per_epoch", examples_per_epoch, none=True)
+        check_val_size(val_size)
+        check_whole("max_per_task_val", max_per_task_val, none=True)
         if validate_on_test and val_size:
             raise ValueError(f"give either validate_on_test or val_size={val_size!r}, not both")
         self.folder = Path(folder)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.base import Split, TextDataModule
 from datamodules.rows import Rows
-from datamodules.splits import permutation, quotas, stable_hash
+from datamodules.splits import check_sizes, permutation, quotas, stable_hash
+from lightning_modules.ranges import check_numbers
 
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
@@ -56,11 +57,11 @@ class ReasoningGymDataModule(TextDataModule):
         )
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one family of reasoning_gym")
+        check_numbers(
+            "weights", weights, length=len(self.tasks), none=True, above=0, hint="One belongs to each task."
+        )
+        check_sizes(train_size=train_size, val_size=val_size, test_size=test_size)
         self.weights = [1.0] * len(self.tasks) if weights is None else weights
-        if len(self.weights) != len(self.tasks) or min(self.weights) <= 0:
-            raise ValueError(
-                f"weights={weights} must hold one number above 0 for each of the {len(self.tasks)} tasks"
-            )
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self._families: dict[str, _Family] | None = None
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from lightning_modules.ranges import check_number, check_whole
+
 
 def stable_hash(*key: int | str) -> int:
     """Return a 63-bit integer that depends on `key` alone, unlike `hash()`, which differs per process.
@@ -47,6 +49,25 @@ def weighted(order: torch.Tensor, weights: torch.Tensor, *key: int | str) -> tor
     return order[shuffled[drawn]][torch.randperm(len(order), generator=generator)]
 
 
+def check_val_size(val_size: int | float) -> None:
+    """Check that a validation part is a fraction in [0, 1) or a number of rows.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    hint = "Write 0.1 for a tenth of the rows, 100 for a hundred rows."
+    if isinstance(val_size, float):
+        check_number("val_size", val_size, least=0, below=1, hint=hint)
+    else:
+        check_whole("val_size", val_size, least=0, hint=hint)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Check the numbers of rows of generated splits, 0 for none."""
+    for name, size in sizes.items():
+        check_whole(name, size, least=0)
+
+
 def held_out(num_rows: int, val_size: int | float, seed: int, name: str) -> tuple[list[int], list[int]]:
     """Split row indices into a training and a validation part.
 
@@ -62,11 +83,7 @@ def held_out(num_rows: int, val_size: int | float, seed: int, name: str) -> tupl
     Raises:
         ValueError: `val_size` is negative, a fraction of 1 or more, or leaves no row to train on.
     """
-    if val_size < 0 or (isinstance(val_size, float) and val_size >= 1):
-        raise ValueError(
-            f"val_size={val_size!r} is neither a fraction in [0, 1) nor a number of rows; "
-            "write 0.1 for a tenth of the rows, 100 for a hundred rows"
-        )
+    check_val_size(val_size)
     count = max(1, round(val_size * num_rows)) if 0 < val_size < 1 else int(val_size)
     if count and count >= num_rows:
         raise ValueError(

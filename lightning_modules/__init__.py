@@ -3,12 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_modules.threads import bound_spinning
+
 if TYPE_CHECKING:
     from lightning_modules.causal_lm import CausalLMModule
     from lightning_modules.grpo.module import GRPOModule
     from lightning_modules.sft import SFTModule
     from lightning_modules.sparse.adapter import SparseAdapter
     from lightning_modules.sparse.module import SparseAdapterModule
+
+# Before anything here imports torch, which reads the setting.
+bound_spinning()
 
 _HOMES = {
     "AdapterLibraryModule": "lightning_modules.library.module",

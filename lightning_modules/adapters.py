@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from datamodules.batches import Prompt
 from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
+from lightning_modules.foreign_ranges import check_peft
 from lightning_modules.lora import make_lean
 from lightning_modules.ranks import is_first_rank
 from lightning_modules.sharding import consolidated, copy_rows, read, sharded_like
@@ -144,6 +145,7 @@ class PeftAdapter(Adapter):
                 f"adapter={type(config).__name__} learns virtual tokens, which padded batches would move. "
                 "Use an adapter that lives in the layers, such as peft.LoraConfig or peft.IA3Config."
             )
+        check_peft(config)
         self.config = copy.deepcopy(config)
         self.config.task_type = self.config.task_type or TaskType.CAUSAL_LM
         # PiSSA, DoRA and others start from the base weights.

@@ -17,9 +17,11 @@ from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.attention import prefer_blocks
 from lightning_modules.checkpoints import AdapterCheckpoints
 from lightning_modules.distributed import gradient_exchange, rewrap
+from lightning_modules.foreign_ranges import check_optimizer, check_trainer_of, rehearse
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.mapped_weights import cast, map_model
 from lightning_modules.norms import make_norms_lean
+from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.sharded_passes import ShardedPasses
 from lightning_modules.sharding import norm_of
 from lightning_modules.sources import check_model, resolve_model
@@ -69,6 +71,9 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         max_skipped_updates: int = 0,
     ) -> None:
         super().__init__()
+        check_number("gradient_clip_val", gradient_clip_val, above=0, none=True, hint="null does not clip.")
+        check_whole("max_skipped_updates", max_skipped_updates, least=0, hint="0 stops at the first.")
+        rehearse(optimizer, lr_scheduler)
         self.save_hyperparameters(logger=False)
         if "_instantiator" not in self.hparams:
             self._make_hparams_plain()
@@ -97,6 +102,15 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             _class_path=f"{type(self).__module__}.{type(self).__qualname__}",
             _instantiator="lightning.pytorch.cli.instantiate_module",
         )
+
+    def setup(self, stage: str) -> None:
+        """Check the Trainer's numbers, before anything is loaded.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        check_trainer_of(self.trainer)
+        super().setup(stage)
 
     # ------------------------------------------------------------------ model
 
@@ -222,6 +236,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             ValueError: If the scheduler needs a metric, which an update does not have.
         """
         optimizer = self._optimizer(self._groups())
+        check_optimizer(optimizer)
         self.adapter.watch(optimizer, lambda: self.current_epoch)
         if self._lr_scheduler is None:
             return optimizer
@@ -273,6 +288,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             optimizer.step()  # type: ignore[union-attr]
             if scheduler is not None:
                 scheduler.step()  # type: ignore[union-attr, call-arg]
+                check_optimizer(optimizer)  # a negative learning rate would ascend
         optimizer.zero_grad()  # type: ignore[union-attr]
         if self.adapter.take_resized():
             rewrap(self.trainer.strategy)

@@ -1,31 +1,27 @@
-"""Checkpoints that are complete or invisible, and the newest of them."""
+"""Checkpoints that are complete or invisible."""
 
 from __future__ import annotations
 
 import pickle
 import shutil
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.files import complete_file
 from lightning_modules.sealed import is_intact, seal
 from lightning_modules.sharded_files import (
-    META,
-    check_parts,
     is_sharded_checkpoint,
     previous_name,
     read_sharded,
 )
 
-# What torch raises for files that are no checkpoint of its own, or a damaged one.
-_UNREADABLE = (
+# Errors of torch for files that are damaged, or no checkpoint of its own.
+UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,
     EOFError,
@@ -103,7 +99,7 @@ class CompleteCheckpointIO(TorchCheckpointIO):
             if is_intact(place) is False:
                 raise ValueError("it is not what was written")
             loaded = torch.load(place, map_location="cpu", weights_only=weights_only is not False)
-        except (OSError, *_UNREADABLE) as error:  # torch seeks before the start of a file that was cut
+        except (OSError, *UNREADABLE) as error:  # torch seeks before the start of a file that was cut
             raise ValueError(
                 f"The checkpoint {place} is damaged, or holds more than tensors and plain data "
                 f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}). Go on from an "
@@ -129,41 +125,18 @@ class AsyncCompleteCheckpointIO(AsyncCheckpointIO):
         assert self._executor is not None
         self._executor.submit(self._remove, path)
 
+    def wait(self) -> None:
+        """Return when what was asked for before is written.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        if self._executor is not None:
+            self._executor.submit(lambda: None).result()  # one thread, so in order
+        if self._error is not None:
+            raise self._error
+
     def _remove(self, path: Any) -> None:
         assert self.checkpoint_io is not None
         if self._error is None:
             self.checkpoint_io.remove_checkpoint(path)
-
-
-def latest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """Return the checkpoint that was written last, of those that can be read.
-
-    Args:
-        folders: Where to look; those that do not exist are left out.
-
-    Returns:
-        A file or folder `*.ckpt`, or None where there is none. Damaged ones are named in a warning and passed over.
-    """
-    places = {place for folder in folders if folder.is_dir() for place in folder.glob("*.ckpt")}
-    seen = [place for place in places if not place.name.startswith(".") and place.exists()]
-    for place in sorted(seen, key=lambda place: (place.stat().st_mtime_ns, place.name), reverse=True):
-        if Path(place.stem).suffix[1:].isdigit():  # last.1.ckpt: an earlier run's, set aside
-            continue
-        try:
-            _open(place)
-        except (OSError, *_UNREADABLE):
-            rank_zero_warn(f"{place} is no complete checkpoint and is passed over.")
-        else:
-            return place
-    return None
-
-
-def _open(place: Path) -> None:
-    """Read a checkpoint's structure, without its tensors."""
-    file = place
-    if place.is_dir():
-        check_parts(read_sharded(place))
-        file = place / META
-    elif is_intact(place) is False:
-        raise ValueError(f"{place} is not what was written")
-    torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"]

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -17,6 +18,7 @@ from lightning_modules.checkpoint_io import CompleteCheckpointIO
 from lightning_modules.distributed import gathered, rng_state, set_rng_state
 from lightning_modules.fsdp2 import FSDP2Strategy
 from lightning_modules.optimizers import override_restored, settings
+from lightning_modules.restored_paths import drop_foreign_paths
 from lightning_modules.sharded_files import whole_tensors
 
 
@@ -68,6 +70,10 @@ class AdapterCheckpoints(lightning.LightningModule):
         Raises:
             ValueError: If the checkpoint does not fit model and adapter.
         """
+        if self._trainer is not None:
+            savers = [one for one in self._trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+            folders = [str(one.dirpath) for one in savers if one.dirpath]
+            drop_foreign_paths(checkpoint.get("callbacks", {}), folders)
         self.adapter.load_state_dict(checkpoint["state_dict"])
         if self._trainer is None and checkpoint.get("left_out"):  # rebuilt by load_from_checkpoint
             rank_zero_warn(

@@ -8,6 +8,8 @@ import inspect
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +41,8 @@ LIBRARY_COMMANDS = {
     "push": "lightning_modules.library.commands:push_library",
     "pull": "lightning_modules.library.commands:pull_library",
 }
+
+_SECONDS_TO_LEAVE = 5.0  # in which threads of rewards and libraries can end by themselves
 
 USAGE = """usage: quiver COMMAND [options]
 
@@ -77,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0; 1 after an error, whose message was printed; 2 for an unknown command; 130 after
         Ctrl-C and 143 after SIGTERM, with several ranks that of rank 0. Wrong options raise `SystemExit(2)`.
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        return _leave(main(sys.argv[1:]))
+    arguments = argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -96,6 +102,27 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         report(error)
         return 1
+
+
+def _leave(code: int) -> int:
+    """Return the exit code, and see that the process ends: a thread of a reward may never do so."""
+    threading.Thread(target=_end_later, args=(code,), name="quiver-end", daemon=True).start()
+    return code
+
+
+def _end_later(code: int) -> None:
+    """End the process where threads, for which Python waits, outlive the command by seconds."""
+    time.sleep(_SECONDS_TO_LEAVE)
+    left = [
+        one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()
+    ]
+    if left:
+        sys.stderr.write(
+            f"Left behind: thread {', '.join(left)}. Start threads of your own with daemon=True.\n"
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _dispatch(arguments: list[str]) -> int:

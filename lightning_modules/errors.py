@@ -40,9 +40,7 @@ def describe(error: BaseException) -> str:
     Args:
         error: What ended the command.
     """
-    root: BaseException = error
-    while root.__cause__ is not None and "jsonargparse" in _origin(root).parts:
-        root = root.__cause__  # a constructor's error, which jsonargparse wraps
+    root = _unwrapped(error)
     lines: list[str] = []
     if os.environ.get("QUIVER_TRACEBACK"):
         lines = traceback.format_exception(error)
@@ -67,6 +65,18 @@ def shorten(message: str) -> str:
     text = text.replace("Expected a dot import path string:", "there is no class")
     text = re.sub(r"a <class '([^']+)'>", r"\1", text)
     return re.sub(r"Type collections\.abc\.Callable\[.*\] expects", "Expected", text)
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """The error of a constructor that jsonargparse wraps; any other error as it is."""
+    if "jsonargparse" not in _origin(error).parts:
+        return error
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # Of the errors that the types of a union make, only that of the first type is chained.
+    causes = frame.f_locals.get("exceptions") or [error.__cause__]
+    found = [_unwrapped(one) for one in causes if one is not None]
+    of_constructors = [one for one in found if "jsonargparse" not in _origin(one).parts]
+    return next(iter(of_constructors or found), error)
 
 
 def _origin(error: BaseException) -> Path:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.optim import Optimizer
 
+from lightning_modules.ranges import check_seconds, check_whole
 from lightning_modules.sharded_files import write_sharded
 from lightning_modules.sharding import (
     consolidated_tree,
@@ -65,6 +66,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: float = 1800.0,
     ) -> None:
+        if replicas != "nodes":
+            check_whole("strategy fsdp2: replicas", replicas, hint="`nodes` makes one of each node.")
+        if not isinstance(reshard_after_forward, bool):
+            check_whole("strategy fsdp2: reshard_after_forward", reshard_after_forward)
+        check_seconds("strategy fsdp2: timeout", timeout)
         super().__init__(
             data_parallel_size=1,  # all ranks, once they are known
             tensor_parallel_size=1,

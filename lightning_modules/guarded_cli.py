@@ -16,10 +16,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import callbacks
 from callbacks.graceful_stop import StoppedError
 from lightning_modules.files import DISK_ERRORS, set_aside
+from lightning_modules.foreign_ranges import check_trainer
 from lightning_modules.run_folder import taken
 
 # The guards of every run.
-DEFAULT_CALLBACKS = (callbacks.RankWatch, callbacks.GracefulStop, callbacks.WandbRun)
+DEFAULT_CALLBACKS = (callbacks.RankWatch, callbacks.RunNumber, callbacks.GracefulStop, callbacks.WandbRun)
 OneOfOurs = TypeVar("OneOfOurs", bound=lightning.Callback)
 
 
@@ -38,22 +39,18 @@ class GuardedCLI(LightningCLI):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         metrics = [Path(one.log_dir) for one in trainer.loggers if isinstance(one, CSVLogger)]
-        earlier: list[Path] = []
         folders = list(metrics)
         if command == "fit":
             savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
             saved = [Path(one.dirpath) for one in savers if one.dirpath and "://" not in str(one.dirpath)]
             folders += [Path(trainer.log_dir or trainer.default_root_dir), *saved]
-            if not self.config["fit"].get("ckpt_path"):
-                earlier = [folder / name for folder in saved for name in ("last.ckpt", "interrupted.ckpt")]
         for folder in dict.fromkeys(one.resolve() for one in folders):
             self._at_end.enter_context(taken(folder))
-        for target in earlier:
-            set_aside(target)
         for folder in metrics:
             # Lightning deletes what it finds there, also where it will write nothing.
             if kept := set_aside(folder / "metrics.csv"):
-                self._at_end.callback(_put_back, kept, folder / "metrics.csv")
+                beside = None if command == "fit" else folder / f"metrics-{command}.csv"
+                self._at_end.callback(_put_back, kept, folder / "metrics.csv", beside)
 
     def own_callback(self, kind: type[OneOfOurs]) -> OneOfOurs:
         """Return the callback of a class of ours that every run has."""
@@ -62,7 +59,8 @@ class GuardedCLI(LightningCLI):
     def _instantiate_trainer(
         self, config: dict[str, Any], extra: list[lightning.Callback]
     ) -> lightning.Trainer:
-        """Leave out our default callbacks of which the configuration has one."""
+        """Check its numbers; leave out our default callbacks of which the configuration has one."""
+        check_trainer(config)
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         ours = [one() for one in DEFAULT_CALLBACKS if one not in map(type, given)]
@@ -118,7 +116,10 @@ class GuardedCLI(LightningCLI):
         )
 
 
-def _put_back(kept: Path, target: Path) -> None:
-    """Give a file its name back if no other has taken it."""
+def _put_back(kept: Path, target: Path, beside: Path | None) -> None:
+    """Give a file its name back: if no other has taken it, or if there is a place beside it for that other."""
+    if beside is not None and target.exists():
+        set_aside(beside)
+        target.rename(beside)
     if not target.exists():
         kept.rename(target)

@@ -55,7 +55,7 @@ def taken(folder: Path) -> Iterator[None]:
 def _locked(lock: Path) -> int:
     """Open and lock a file; return its descriptor."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -98,6 +98,10 @@ def _owner(descriptor: int) -> str:
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
+    if error.errno == errno.ELOOP:
+        return OSError(
+            f"{folder / _NAME} is a link, and a run writes into that file. Remove the link, or name another folder."
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OSError(
             f"The run folder {folder} has less than 1 MiB of free space ({error.strerror}). Free some, or give "

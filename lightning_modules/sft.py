@@ -18,6 +18,7 @@ from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import all_sum
 from lightning_modules.logprobs import completion_logits, token_logprobs
 from lightning_modules.microbatches import pad_pairs, plan_micro_batches
+from lightning_modules.ranges import check_whole
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
 from lightning_modules.text import prediction_rows
 
@@ -65,8 +66,7 @@ class SFTModule(CausalLMModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if max_tokens_per_microbatch < 1:
-            raise ValueError(f"max_tokens_per_microbatch={max_tokens_per_microbatch}: must be at least 1.")
+        check_whole("max_tokens_per_microbatch", max_tokens_per_microbatch)
         self.automatic_optimization = False
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.sampling = sampling

@@ -21,12 +21,12 @@ import callbacks
 import datamodules
 import lightning_modules
 from callbacks.rank_watch import follow_parent
-from lightning_modules.checkpoint_io import latest_checkpoint
 from lightning_modules.configs import find_config
 from lightning_modules.distributed import gathered
 from lightning_modules.files import complete_file, set_aside
 from lightning_modules.guarded_cli import GuardedCLI
 from lightning_modules.hparams import withhold_secrets
+from lightning_modules.latest import latest_checkpoint
 from lightning_modules.parsing import NamedConfigFile, QuiverParser
 from lightning_modules.secrets import (
     REDACTED,
@@ -186,9 +186,24 @@ class QuiverCLI(GuardedCLI):
             )
             sys.stderr.write(what + "\n")
 
+    def _check_checkpoint(self, command: str) -> None:
+        """Check that a checkpoint that was named is there.
+
+        Raises:
+            FileNotFoundError: If it is not.
+        """
+        place = self.config[command].get("ckpt_path")
+        if place is None or "://" in str(place) or place in ("best", "last", "hpc", "registry"):
+            return
+        if not Path(place).exists():
+            raise FileNotFoundError(
+                f"ckpt_path: there is no checkpoint {place}. latest takes the newest one of the run."
+            )
+
     def _check_inputs(self, stage: str) -> None:
         """Meet problems of data, model and checkpoint before any logger or folder is made."""
         self._find_latest(stage)
+        self._check_checkpoint(stage)
         if isinstance(self.datamodule, datamodules.TextDataModule):
             self.datamodule.setup(stage)
         if isinstance(self.model, lightning_modules.CausalLMModule):

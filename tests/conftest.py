@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import lightning_modules  # noqa: F401  (before torch, for which it bounds how long OpenMP's threads spin)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")

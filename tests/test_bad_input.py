@@ -183,7 +183,11 @@ def test_prompt_longer_than_the_context(tiny_model, failure):
 @pytest.mark.parametrize(
     ("init_args", "place", "remedy"),
     [
-        ({"num_generations": 1}, "num_generations=1: ", "Set num_generations: 2 or more."),
+        (
+            {"num_generations": 1},
+            "num_generations=1: must be at least 2. ",
+            "a group of one teaches nothing.",
+        ),
         ({"sampling": {"temperature": 0}}, "sampling.temperature=0: ", "Set a positive temperature;"),
         (
             {"adapter": None, "kl": {"coef": 0.1}},
@@ -209,8 +213,8 @@ def test_prompt_longer_than_the_context(tiny_model, failure):
         ),
         (
             {"policy_loss": {"class_path": "ClippedSurrogate", "init_args": {"ceiling": 0.5}}},
-            "ceiling=0.5 must be at least 1",
-            "null turns it off",
+            "ceiling=0.5: must be at least 1, or null. ",
+            "3 is usual.",
         ),
         (
             {"advantage": {"class_path": "GDPO"}, "kl": {"coef": 0.1, "kind": "k1", "in_reward": True}},

@@ -186,7 +186,7 @@ def test_the_learning_curve_continues(tiny_model, tmp_path, straight):
 
 
 def test_the_learning_curve_names_what_is_wrong(monkeypatch):
-    with pytest.raises(ValueError, match="window=0: must be at least 1 step"):
+    with pytest.raises(ValueError, match="window=0: must be at least 1"):
         LearningCurve(window=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"matplotlib: pip install 'lightning-quiver\[plots\]'"):

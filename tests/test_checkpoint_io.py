@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from lightning_modules.checkpoint_io import AsyncCompleteCheckpointIO, CompleteCheckpointIO, latest_checkpoint
+from lightning_modules.checkpoint_io import AsyncCompleteCheckpointIO, CompleteCheckpointIO
 from lightning_modules.cli import main
 from lightning_modules.sharded_files import (
     MANIFEST,
@@ -165,7 +165,6 @@ def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(ValueError, match=r"evil\.ckpt"):
         CompleteCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
-    assert latest_checkpoint([tmp_path]) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04" + bytes(50)])
@@ -192,24 +191,6 @@ def test_every_flipped_bit_of_a_file_is_noticed_or_harmless(tmp_path):
             harmless += 1
     assert noticed + harmless == len(positions)
     assert noticed > 0.9 * len(positions)
-
-
-def test_the_latest_is_the_last_that_can_be_read(tmp_path):
-    io = CompleteCheckpointIO()
-    assert latest_checkpoint([tmp_path / "none"]) is None
-    io.save_checkpoint(checkpoint(5), tmp_path / "epoch=0.ckpt")
-    write_sharded(checkpoint(6), tmp_path / "last.ckpt")
-    io.save_checkpoint(checkpoint(7), tmp_path / "broken.ckpt")
-    for number, name in enumerate(("epoch=0.ckpt", "last.ckpt", "broken.ckpt")):
-        os.utime(tmp_path / name, (1000 + number, 1000 + number))
-    assert latest_checkpoint([tmp_path]).name == "broken.ckpt"
-    (tmp_path / "broken.ckpt").write_bytes(b"PK")
-    os.utime(tmp_path / "broken.ckpt", (2000, 2000))
-    with pytest.warns(UserWarning, match="passed over"):
-        assert latest_checkpoint([tmp_path]).name == "last.ckpt"
-    (tmp_path / "last.ckpt").rename(tmp_path / previous_name("last.ckpt"))  # killed between two renames
-    with pytest.warns(UserWarning, match="passed over"):
-        assert latest_checkpoint([tmp_path]).name == "last.previous.ckpt"
 
 
 def test_in_a_thread_the_earlier_one_goes_when_the_new_one_is_there(tmp_path, monkeypatch):
@@ -270,20 +251,6 @@ def test_a_folder_stays_until_the_file_that_replaces_it_is_there(tmp_path, monke
     CompleteCheckpointIO().save_checkpoint(checkpoint(2), target)
     assert CompleteCheckpointIO().load_checkpoint(target)["global_step"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_the_latest_is_no_damaged_one_and_none_of_an_earlier_run(tmp_path):
-    io = CompleteCheckpointIO()
-    io.save_checkpoint(checkpoint(1), tmp_path / "good.ckpt")
-    write_sharded(checkpoint(2), tmp_path / "lacks_a_file.ckpt")
-    (tmp_path / "lacks_a_file.ckpt" / "shard-00000.safetensors").unlink()
-    io.save_checkpoint(checkpoint(3), tmp_path / "flipped.ckpt")
-    damage(tmp_path, "flipped.ckpt", lambda data: data[:900] + bytes([data[900] ^ 1]) + data[901:])
-    io.save_checkpoint(checkpoint(4), tmp_path / "last.1.ckpt")  # set aside
-    for number, name in enumerate(("good", "lacks_a_file", "flipped", "last.1")):
-        os.utime(tmp_path / f"{name}.ckpt", (1000 + number, 1000 + number))
-    with pytest.warns(UserWarning, match="passed over"):
-        assert latest_checkpoint([tmp_path]).name == "good.ckpt"
 
 
 def test_a_link_to_a_folder_is_replaced(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import lightning.pytorch as lightning
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from test_resume import config, spread
 from transformers import AutoModelForCausalLM
@@ -175,3 +177,34 @@ def test_plain_refuses_what_cannot_be_imported():
         "a": [1, 2.5, None],
         "b": "torch.optim.sgd.SGD",
     }
+
+
+def test_a_checkpoint_from_elsewhere_removes_nothing(tiny_model, tmp_path):
+    """ModelCheckpoint's state lists what it removes next; a stranger's may list anything."""
+    victim = tmp_path / "victim.ckpt"
+    victim.mkdir()
+    (victim / "thesis.txt").touch()
+    saver = {"monitor": "train/reward", "every_n_train_steps": 1, "save_top_k": 1}
+    folder = tmp_path / "run"
+    file = config(folder, tiny_model, "GRPOModule", max_steps=1)
+
+    def with_saver(steps):
+        written = yaml.safe_load(Path(file).read_text())
+        written["trainer"]["callbacks"][0]["init_args"] |= saver
+        written["trainer"]["max_steps"] = steps
+        Path(file).write_text(yaml.safe_dump(written))
+        return file
+
+    assert main(["fit", "-c", with_saver(1)]) == 0
+    made = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    [state] = [one for one in made["callbacks"].values() if "best_k_models" in one]
+    worst = f"{folder}/checkpoints/../../victim.ckpt"
+    lowest = torch.tensor(float("-inf"))
+    state |= {"best_k_models": {worst: lowest}, "kth_best_model_path": worst, "kth_value": lowest}
+    state |= {"last_model_path": worst}
+    torch.save(made, folder / "checkpoints" / "evil.ckpt")
+    with pytest.warns(UserWarning, match="neither removes nor replaces"):
+        assert (
+            main(["fit", "-c", with_saver(3), "--ckpt_path", str(folder / "checkpoints" / "evil.ckpt")]) == 0
+        )
+    assert (victim / "thesis.txt").exists()

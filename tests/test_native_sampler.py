@@ -256,7 +256,9 @@ def test_falls_back_with_one_warning(tokenizer, prompts, name, options, reason):
 def test_refuses_what_it_cannot_do(tiny, tokenizer, prompts):
     with pytest.raises(ValueError, match="max_rows=0: must be at least 1"):
         NativeSampler(max_rows=0)
-    with pytest.raises(ValueError, match="max_tokens=1: must hold a prompt and a token, or be null"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens=1: must be at least 2, or null\. A prompt and a token must fit"
+    ):
         NativeSampler(max_tokens=1)
     sampler = bound(NativeSampler(max_tokens=38), tiny, tokenizer)
     with pytest.raises(

@@ -151,7 +151,7 @@ def test_damaged_lines_are_named_and_skipped(tmp_path, show):
          "has 2 rollouts (steps 1 to 2, tasks sums, rewards 1 to 1). --step 2- leaves 1, --task x leaves 0. Widen"),
         (["outer/version_0", "--live", "true", "--summary", "true"], "--live leaves 0."),
         (["outer/version_0", "--step", "3-1"], "step='3-1' is no step. Write 10, 10-20 or 10-."),
-        (["outer/version_0", "--limit", "0"], "limit=0, chars=1000: limit must be at least 1"),
+        (["outer/version_0", "--limit", "0"], "limit=0: must be at least 1"),
         (["outer/version_0", "--summary", "true", "--sort", "step"], "sort='step' orders rollouts"),
     ],
 )  # fmt: skip

@@ -115,13 +115,33 @@ def test_validation_keeps_the_metrics_of_the_training_run(tiny_model, capsys):
     assert main(["fit", "-c", file]) == 0
     trained = Path("run/metrics.csv").read_text()
     assert main(["validate", "-c", file]) == 0
-    assert Path("run/metrics.1.csv").read_text() == trained
-    validated = Path("run/metrics.csv").read_text()
+    assert Path("run/metrics.csv").read_text() == trained
+    validated = Path("run/metrics-validate.csv").read_text()
+    assert "val/" in validated
     assert main(["predict", "-c", file]) == 0, capsys.readouterr().err
-    assert Path("run/metrics.csv").read_text() == validated, "it logs nothing"
+    names = {one.name for one in Path("run").glob("metrics*")}
+    assert names == {"metrics.csv", "metrics-validate.csv"}, "predict logs nothing"
+    before = {one: one.stat().st_mtime_ns for one in Path("run").rglob("*")}
+    assert main(["validate", "-c", file, "--ckpt_path", "run/none.ckpt"]) == 1
+    assert "there is no checkpoint run/none.ckpt" in message(capsys)
+    assert {one: one.stat().st_mtime_ns for one in Path("run").rglob("*")} == before
+    assert Path("run/metrics.csv").read_text() == trained
     with taken(Path("run")):
         assert main(["validate", "-c", file]) == 1
         assert "is in use by" in message(capsys)
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    target = tmp_path / "precious"
+    target.write_text("text")
+    (tmp_path / "run").mkdir()
+    for place in (target, tmp_path / "dangling"):
+        (tmp_path / "run" / ".quiver.lock").symlink_to(place)
+        with pytest.raises(OSError, match=r"\.quiver\.lock is a link"), taken(tmp_path / "run"):
+            pass
+        (tmp_path / "run" / ".quiver.lock").unlink()
+    assert target.read_text() == "text"
+    assert not (tmp_path / "dangling").exists()
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from small_runs import ADDITIONS, quiver, start_quiver, write_rows, write_run
 from test_resume import assert_same
 
 from lightning_modules.cli import main
+from lightning_modules.latest import latest_checkpoint
 
 STEPS = 6
 
@@ -77,13 +80,16 @@ def here(capfd):
     return run
 
 
-def write(model, folder, *, callbacks=(), **trainer):
+def write(model, folder, *, callbacks=(), saver=None, **trainer):
     """A run of 6 steps that validates after steps 3 and 6, in 3 batches that draw random tokens."""
     write_rows("many.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(12)])
     write_rows("val.jsonl", ADDITIONS)
-    saver = {
+    checkpoint = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": f"{folder}/checkpoints", "every_n_train_steps": 1, "save_last": True},
+        "init_args": {
+            "dirpath": f"{folder}/checkpoints",
+            **(saver or {"every_n_train_steps": 1, "save_last": True}),
+        },
     }
     csv = {"save_dir": folder, "name": "", "version": ""}
     return write_run(
@@ -92,12 +98,11 @@ def write(model, folder, *, callbacks=(), **trainer):
         module="GRPOModule",
         init_args={"val_sampling": {"max_new_tokens": 4, "temperature": 1.0}},
         data={"train_file": "many.jsonl", "val_file": "val.jsonl", "val_batch_size": 1},
-        max_steps=STEPS,
-        **{"val_check_interval": 3, "num_sanity_val_steps": 1, **trainer},
+        **{"max_steps": STEPS, "val_check_interval": 3, "num_sanity_val_steps": 1, **trainer},
         log_every_n_steps=1,
         default_root_dir=folder,
         logger={"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": csv},
-        callbacks=[*callbacks, saver],
+        callbacks=[*callbacks, checkpoint],
         enable_checkpointing=True,
     )
 
@@ -166,9 +171,68 @@ def test_resumed_run_equals_an_undisturbed_one(moment, step, name, code, tiny_mo
     late = Path(checkpoint).stat().st_mtime - Path("sent").stat().st_mtime
     assert late < 30
     print(f"{moment} {step}: saved {late:.1f} s after the signal")
-    code, err = here("fit", "-c", write(tiny_model, "run"), "--ckpt_path", checkpoint)
+    code, err = here("fit", "-c", write(tiny_model, "run"), "--ckpt_path", "latest")
+    assert f"Going on from {Path(checkpoint).resolve()}." in err
     assert code == 0, err
     assert_equal_runs("run", straight)
+
+
+BY_EPOCH = {"max_steps": -1, "max_epochs": 2, "val_check_interval": 1.0}
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tiny_model, tmp_path_factory):
+    """A run of two epochs that saves at the end of each."""
+    folder = tmp_path_factory.mktemp("two_epochs")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["fit", "-c", write(tiny_model, "run", saver={"save_last": True}, **BY_EPOCH)]) == 0
+    finally:
+        os.chdir(before)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "name", "code"),
+    [
+        ("step", 2, "SIGINT", 130),  # before anything is saved
+        ("step", 6, "SIGTERM", 143),  # the last of an epoch
+        ("validation", 6, "SIGINT", 130),
+        ("step", 9, "SIGHUP", 129),  # after the first save
+        ("step", 12, "SIGTERM", 0),  # the last of all: nothing is left to stop
+    ],
+)
+def test_an_epoch_that_was_cut_short_is_finished(moment, step, name, code, tiny_model, two_epochs, here):
+    """The run stops once in the middle, and an earlier run's files lie in its folder."""
+    saver = {"save_last": True}
+    sent = {
+        "class_path": "test_signals.SignalAt",
+        "init_args": {"moment": moment, "step": step, "name": name},
+    }
+    early = {**BY_EPOCH, "max_epochs": -1, "max_steps": 1}
+    assert (
+        here("fit", "-c", write(tiny_model, "run", saver={**saver, "every_n_train_steps": 1}, **early))[0]
+        == 0
+    )
+    earlier = {one: one.read_bytes() for one in Path("run/checkpoints").glob("*.ckpt")}
+    Path("run/metrics.csv").unlink()
+    returned, err = here("fit", "-c", write(tiny_model, "run", callbacks=[sent], saver=saver, **BY_EPOCH))
+    assert returned == code, err
+    if code:
+        assert "reached" not in err
+        returned, err = here(
+            "fit", "-c", write(tiny_model, "run", saver=saver, **BY_EPOCH), "--ckpt_path", "latest"
+        )
+        assert returned == 0, err
+        assert "Going on from" in err
+    assert {one: one.read_bytes() for one in earlier} == earlier
+    newest = latest_checkpoint([Path("run/checkpoints")])
+    ours = torch.load(newest, weights_only=True)
+    theirs = torch.load(latest_checkpoint([two_epochs / "checkpoints"]), weights_only=True)
+    for key in ("state_dict", "optimizer_states", "rng_states", "counters", "global_step", "epoch"):
+        assert_same(ours[key], theirs[key], key)
+    assert values("run") == values(two_epochs)
 
 
 def test_last_validation_is_finished(tiny_model, straight, here):
@@ -213,16 +277,20 @@ def test_two_ranks(moment, ranks, tiny_model):
     assert state("run")["global_step"] == STEPS
 
 
-def test_second_ctrl_c_stops_at_once(tiny_model):
+@pytest.mark.parametrize("deaf", [False, True])
+def test_second_ctrl_c_stops_at_once(deaf, tiny_model):
     sent = {
         "class_path": "test_signals.SignalAt",
         "init_args": {"moment": "long_step", "step": 2, "name": "SIGINT"},
     }
-    file = write(tiny_model, "run", callbacks=[sent, {"class_path": "test_signals.Hang"}])
+    hang = {"class_path": "test_signals.Hang", "init_args": {"deaf": deaf}}
+    file = write(tiny_model, "run", callbacks=[*([] if deaf else [sent]), hang])
     process = start_quiver("fit", "-c", file)
     while not Path("hanging").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
+    if deaf:
+        process.send_signal(signal.SIGINT)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -231,12 +299,36 @@ def test_second_ctrl_c_stops_at_once(tiny_model):
 
 
 class Hang(lightning.Callback):
-    """Never comes to the end of its second step."""
+    """Never comes to the end of its second step: in Python, or in a call that no signal interrupts.
+
+    Args:
+        deaf: Whether to wait in such a call, as collectives do.
+    """
+
+    def __init__(self, deaf: bool = False) -> None:
+        self.deaf = deaf
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 1:
             Path("hanging").touch()
+            if self.deaf:
+                mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+                library.pthread_mutex_lock(mutex)
+                library.pthread_mutex_lock(mutex)
             time.sleep(300)
+
+
+def leave_a_thread(completions, **columns):
+    """A reward whose helper never ends."""
+    threading.Thread(target=time.sleep, args=(300,), name="helper-of-a-reward").start()
+    return [float(i % 2) for i, _ in enumerate(completions)]
+
+
+def test_a_thread_of_a_reward_does_not_keep_the_process(tiny_model):
+    file = write_run(tiny_model, init_args={"rewards": ["test_signals.leave_a_thread"]}, max_steps=1)
+    code, _, err = quiver("fit", "-c", file)
+    assert code == 0, err
+    assert "Left behind: thread helper-of-a-reward" in err
 
 
 # ---------------------------------------------------------------- SLURM

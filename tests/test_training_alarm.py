@@ -214,10 +214,10 @@ def test_another_module_is_refused(tiny_model, tmp_path):
     [
         ({}, "watches nothing. Set max_kl, min_entropy, max_clip, max_length_growth, or leave it out"),
         ({"max_kl": 0.0}, "max_kl=0.0: must be above 0"),
-        ({"min_entropy": math.nan}, "min_entropy=nan: must be above 0"),
-        ({"max_clip": 1.0}, "max_clip=1.0: must be between 0 and 1"),
+        ({"min_entropy": math.nan}, "min_entropy=nan: must be a finite number above 0"),
+        ({"max_clip": 1.0}, "max_clip=1.0: must be above 0 and below 1"),
         ({"max_length_growth": 0.5}, "max_length_growth=0.5: must be above 1"),
-        ({"max_kl": 1.0, "window": 1}, "window=1: must be at least 2 steps"),
+        ({"max_kl": 1.0, "window": 1}, "window=1: must be at least 2. One step is noise"),
     ],
 )
 def test_bounds_that_mean_nothing(arguments, message):

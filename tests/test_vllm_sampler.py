@@ -316,7 +316,7 @@ def test_the_room_that_an_adapter_needs(tiny_model, tmp_path):
         ({"url": "127.0.0.1:8000"}, "url: must be like http://127"),
         ({"url": "http://me:pass@host:8000"}, "without user and password.*VLLM_API_KEY"),
         ({"url": "http://host:8000", "server_args": ["--seed", "1"]}, "Leave one of the two out"),
-        ({"timeout": 0}, "timeout=0: must be positive"),
+        ({"timeout": 0}, "timeout=0: must be above 0"),
         ({"max_retries": -1}, "max_retries=-1"),
         ({"max_concurrency": 0}, "max_concurrency=0"),
     ],
@@ -328,7 +328,7 @@ def test_wrong_arguments(options, message):
 
 
 def test_wrong_arguments_of_the_engine():
-    with pytest.raises(ValueError, match=r"gpu_memory_utilization=1\.5: must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"gpu_memory_utilization=1\.5: must be above 0 and at most 1"):
         VLLMEngineSampler(1.5)
 
 

@@ -8,6 +8,7 @@ from lightning_modules.grpo.audit import cuts_off
 from lightning_modules.grpo.estimators import GDPO
 from lightning_modules.grpo.reference import Snapshot
 from lightning_modules.grpo.steps import RolloutSteps
+from lightning_modules.ranges import check_whole
 
 
 def check_settings(module: RolloutSteps, *, trains_base: bool) -> None:
@@ -20,19 +21,19 @@ def check_settings(module: RolloutSteps, *, trains_base: bool) -> None:
     Raises:
         ValueError: Naming the argument, what is wrong with it, and the remedy.
     """
-    if module.num_generations < 2:
-        raise ValueError(
-            f"num_generations={module.num_generations}: a completion is compared with the others of its group, "
-            "so a group of one teaches nothing. Set num_generations: 2 or more."
-        )
+    check_whole(
+        "num_generations",
+        module.num_generations,
+        least=2,
+        hint="A completion is compared with the others of its group, so a group of one teaches nothing.",
+    )
     if module.sampling.temperature == 0:
         raise ValueError(
             "sampling.temperature=0: greedy completions of a group are all equal, so there is nothing to "
             "compare. Set a positive temperature; val_sampling may be greedy."
         )
     for name in ("updates_per_rollout", "max_tokens_per_microbatch", "num_val_generations"):
-        if getattr(module, name) < 1:
-            raise ValueError(f"{name}={getattr(module, name)}: must be at least 1.")
+        check_whole(name, getattr(module, name))
     if module.kl.coef and trains_base and not isinstance(module.kl.reference, Snapshot):
         raise ValueError(
             f"kl.coef={module.kl.coef} with adapter=None: full fine-tuning leaves no base policy to compare "

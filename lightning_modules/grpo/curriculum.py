@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from lightning_modules.ranges import check_number
+
 
 def uncertainty(pass_rate: float) -> float:
     """Weigh a prompt by the variance of its outcome, p (1 - p), at least 0.02 so that none is lost for good.
@@ -29,12 +31,8 @@ class PassRates:
     """
 
     def __init__(self, decay: float = 0.5, prior: float = 0.5) -> None:
-        if not 0 < decay <= 1:
-            raise ValueError(
-                f"decay={decay}: must lie above 0 and be at most 1; 1 weighs all completions alike."
-            )
-        if not 0 <= prior <= 1:
-            raise ValueError(f"prior={prior}: a pass rate lies between 0 and 1.")
+        check_number("decay", decay, above=0, most=1, hint="1 weighs all completions alike.")
+        check_number("prior", prior, least=0, most=1, hint="It is a pass rate.")
         self.decay = decay
         self.prior = prior
         self._seen: dict[int, tuple[float, float]] = {}

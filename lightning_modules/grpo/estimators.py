@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_modules.grpo.advantages import Scale, group_advantages, normalized_each, opo_advantages
+from lightning_modules.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class GroupAdvantage(Advantage):
     eps: float = 1e-4
     tolerance: float = 1e-6
 
+    def __post_init__(self) -> None:
+        _check(eps=self.eps, tolerance=self.tolerance)
+
     def __call__(self, rewards: Rewards) -> Tensor:
         """Compare the sums."""
         return group_advantages(
@@ -78,6 +82,9 @@ class OPO(Advantage):
     """
 
     tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check(tolerance=self.tolerance)
 
     def __call__(self, rewards: Rewards) -> Tensor:
         """Compare the sums."""
@@ -96,9 +103,17 @@ class GDPO(Advantage):
     eps: float = 1e-4
     tolerance: float = 1e-6
 
+    def __post_init__(self) -> None:
+        _check(eps=self.eps, tolerance=self.tolerance)
+
     def __call__(self, rewards: Rewards) -> Tensor:
         """Compare function by function."""
         weights = rewards.weights or [1.0] * rewards.by_function.shape[1]
         return normalized_each(
             rewards.by_function, weights, rewards.group_size, eps=self.eps, tolerance=self.tolerance
         )
+
+
+def _check(**numbers: float) -> None:
+    for name, value in numbers.items():
+        check_number(f"advantage.{name}", value, least=0, hint="Rewards are compared by it.")

@@ -34,6 +34,7 @@ from lightning_modules.grpo.rewards import RewardFunction
 from lightning_modules.grpo.rollout import Rollout, Scores, repeat_rows, row_seeds
 from lightning_modules.grpo.scoring import Scoring, as_number, reward_names, score_completions, weighted_total
 from lightning_modules.grpo.steps import PATIENCE, RolloutSteps
+from lightning_modules.ranges import check_numbers
 from lightning_modules.sampling import NativeSampler, Sampler, Sampling
 
 
@@ -110,6 +111,7 @@ class GRPOModule(RolloutSteps):
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.num_val_generations = num_val_generations
         self.val_sampling = val_sampling or sampling
+        check_numbers("scoring.weights", scoring.weights, length=len(rewards), none=True)  # one for each
         check_settings(self, trains_base=kwargs.get("adapter") is None)
         self.watch = RewardWatch(
             PATIENCE,

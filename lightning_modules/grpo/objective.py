@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_modules.grpo.correction import masked_importance, truncated_importance
+from lightning_modules.ranges import check_number, check_numbers
 
 
 class Correction(ABC):
@@ -32,10 +33,13 @@ class TruncatedImportance(Correction):
     level: Literal["token", "sequence", "geometric"] = "token"
 
     def __post_init__(self) -> None:
-        if not self.cap >= 1:
-            raise ValueError(
-                f"cap={self.cap} must be at least 1, the weight of equal probabilities. 2 is usual."
-            )
+        check_number(
+            "cap",
+            self.cap,
+            least=1,
+            infinite=True,
+            hint="1 is the weight of equal probabilities, 2 is usual.",
+        )
 
     def __call__(self, old_logprobs_BT: Tensor, sampler_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Return the weight of each token (B, T)."""
@@ -57,7 +61,8 @@ class MaskedImportance(Correction):
     level: Literal["token", "sequence", "geometric"] = "token"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.bounds[0] <= 1 <= self.bounds[1]:
+        check_numbers("bounds", self.bounds, length=2, least=0, infinite=True)
+        if not self.bounds[0] <= 1 <= self.bounds[1]:
             raise ValueError(
                 f"bounds={tuple(self.bounds)} must enclose 1, the weight of equal probabilities. (0.5, 5) is usual."
             )
@@ -104,17 +109,30 @@ class Objective:
     max_sampler_gap: float | None = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.top_entropy <= 1:
-            raise ValueError(
-                f"objective.top_entropy={self.top_entropy} must lie above 0 and be at most 1: the share of tokens that "
-                "is kept. 0.2 is the paper's, 1 keeps all."
-            )
-        if self.off_policy_threshold is not None and not self.off_policy_threshold > 0:
-            raise ValueError(
-                f"objective.off_policy_threshold={self.off_policy_threshold} must be positive nats, or null for no "
-                "limit."
-            )
-        if self.max_sampler_gap is not None and not self.max_sampler_gap > 0:
-            raise ValueError(
-                f"objective.max_sampler_gap={self.max_sampler_gap} must be positive nats, or null not to look."
-            )
+        check_number(
+            "objective.entropy_coef",
+            self.entropy_coef,
+            least=0,
+            hint="It weighs a bonus: below 0 entropy would be punished.",
+        )
+        check_number(
+            "objective.top_entropy",
+            self.top_entropy,
+            above=0,
+            most=1,
+            hint="It is the share of tokens that is kept: 0.2 is the paper's, 1 keeps all.",
+        )
+        check_number(
+            "objective.off_policy_threshold",
+            self.off_policy_threshold,
+            above=0,
+            none=True,
+            hint="In nats; null is no limit.",
+        )
+        check_number(
+            "objective.max_sampler_gap",
+            self.max_sampler_gap,
+            above=0,
+            none=True,
+            hint="In nats; null does not look.",
+        )

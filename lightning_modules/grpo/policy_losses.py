@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.grpo.losses import Level, cispo, clip_fractions, clipped_surrogate, gmpo, sapo
+from lightning_modules.ranges import check_number, check_numbers
 
 
 class PolicyLoss(ABC):
@@ -54,11 +55,13 @@ class ClippedSurrogate(PolicyLoss):
 
     def __post_init__(self) -> None:
         _check_clip(self.clip)
-        if self.ceiling is not None and not self.ceiling >= 1:
-            raise ValueError(
-                f"ceiling={self.ceiling} must be at least 1, the ratio of an unchanged policy: below, even an "
-                "on-policy step would be cut. 3 is usual, null turns it off."
-            )
+        check_number(
+            "ceiling",
+            self.ceiling,
+            least=1,
+            none=True,
+            hint="Below the ratio of an unchanged policy even an on-policy step would be cut; 3 is usual.",
+        )
 
     @property
     def of_sequences(self) -> bool:  # type: ignore[override]
@@ -127,10 +130,7 @@ class SAPO(PolicyLoss):
     temperature: tuple[float, float] = (1.0, 1.05)
 
     def __post_init__(self) -> None:
-        if min(self.temperature) <= 0:
-            raise ValueError(
-                f"temperature={tuple(self.temperature)} must be positive; (1.0, 1.05) is the paper's."
-            )
+        check_numbers("temperature", self.temperature, length=2, above=0, hint="[1.0, 1.05] is the paper's.")
 
     def __call__(
         self, logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_B: Tensor, mask_BT: Tensor
@@ -161,7 +161,6 @@ class GMPO(PolicyLoss):
 
 
 def _check_clip(clip: tuple[float, float]) -> None:
-    if min(clip) < 0:
-        raise ValueError(
-            f"clip={tuple(clip)} must not be negative: (0.2, 0.2) allows ratios from 0.8 to 1.2."
-        )
+    check_numbers(
+        "clip", clip, length=2, least=0, infinite=True, hint="[0.2, 0.2] allows ratios from 0.8 to 1.2."
+    )

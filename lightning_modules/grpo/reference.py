@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.sharding import copy_rows, sharded_modules
 
 
@@ -62,10 +63,8 @@ class Snapshot(Reference):
     """
 
     def __init__(self, every: int | None = None, mix: float = 1.0) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every={every}: must be at least 1, or null for a copy that stays as it is.")
-        if not 0 < mix <= 1:
-            raise ValueError(f"mix={mix}: must lie above 0 and be at most 1; 1 copies the policy.")
+        check_whole("every", every, none=True, hint="null keeps the copy as it is.")
+        check_number("mix", mix, above=0, most=1, hint="1 copies the policy.")
         self.every = every
         self.mix = mix
         self._copies: dict[str, Tensor] = {}
@@ -161,10 +160,7 @@ class KL:
     reference: Reference | None = None
 
     def __post_init__(self) -> None:
-        if self.coef < 0:
-            raise ValueError(
-                f"kl.coef={self.coef} must not be negative: it would reward drifting away. 0 is off."
-            )
+        check_number("kl.coef", self.coef, least=0, hint="Below 0 it would reward drifting away; 0 is off.")
         if self.kind not in ("k1", "k2", "k3"):
             raise ValueError(f"kl.kind={self.kind!r} is unknown: use k1, k2 or k3.")
         if self.kind == "k1" and not self.in_reward:

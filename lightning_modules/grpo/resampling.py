@@ -9,6 +9,7 @@ from typing import Any
 
 from datamodules.batches import TextBatch
 from lightning_modules.grpo.groups import Group
+from lightning_modules.ranges import check_number, check_whole
 
 # Weight of a draw's share of live groups in the running one.
 _NEWEST = 0.3
@@ -39,12 +40,9 @@ class Resampling:
     max_oversampling: float = 4.0
 
     def __post_init__(self) -> None:
-        for name, value in {
-            "live_groups": self.live_groups,
-            "max_oversampling": self.max_oversampling,
-        }.items():
-            if value < 1:
-                raise ValueError(f"resampling.{name}={value}: must be at least 1.")
+        check_whole("resampling.live_groups", self.live_groups)
+        check_whole("resampling.max_rollouts", self.max_rollouts)
+        check_number("resampling.max_oversampling", self.max_oversampling, least=1)
 
     def check(self, group_size: int, prompts: int | None = None) -> None:
         """Check the cap.

@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeAlias
 from datamodules.batches import Prompt
 from lightning_modules.grpo.math_answers import gold_answer, is_equal, joined_golds
 from lightning_modules.grpo.numbers import last_number
+from lightning_modules.ranges import check_number, check_whole
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 """`f(prompts=, completions=, **columns)`: one number or None per row, at once or awaited."""
@@ -98,6 +99,9 @@ class NumericAnswer(GoldReward):
 
     column: str = "answer"
     tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("tolerance", self.tolerance, least=0, hint="0 takes equal numbers only.")
 
     def score(self, text: str, gold: Any) -> float | None:
         """Compare the last numbers."""
@@ -179,6 +183,9 @@ class MathVerify(GoldReward):
     timeout: int = 5
     any_of: bool = False
 
+    def __post_init__(self) -> None:
+        check_whole("timeout", self.timeout, most=1_000_000, hint="It is in seconds.")
+
     def score(self, text: str, gold: Any) -> float | None:
         """Compare the parsed answers."""
         if importlib.util.find_spec("math_verify") is None:
@@ -236,7 +243,9 @@ class LengthReward:
     unit: Literal["tokens", "characters"] = "tokens"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.target < self.maximum:
+        check_whole("target", self.target, least=0)
+        check_whole("maximum", self.maximum)
+        if not self.target < self.maximum:
             raise ValueError(f"target={self.target} and maximum={self.maximum}: need 0 <= target < maximum")
 
     def __call__(

@@ -27,6 +27,7 @@ from lightning_modules.grpo.reward_calls import (
     run_async,
 )
 from lightning_modules.grpo.rewards import Completion, RewardFunction
+from lightning_modules.ranges import check_number, check_numbers, check_seconds, check_whole
 
 # TRL keeps these columns of the data from reward functions; the plural forms are the ones they get.
 _WITHHELD = ("prompt", "completion", "completion_ids")
@@ -61,10 +62,10 @@ class Scoring:
     patience: int = 10
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ValueError(f"patience={self.patience} must be at least 1 step")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout} must be positive seconds, or None for no limit")
+        check_numbers("scoring.weights", self.weights, none=True)
+        check_seconds("scoring.timeout", self.timeout, none=True, hint="null is no limit.")
+        check_number("scoring.success", self.success)
+        check_whole("scoring.patience", self.patience)
         if self.nan not in ("error", "ignore"):
             raise ValueError(f"nan={self.nan!r} is unknown: use error or ignore")
 

@@ -30,6 +30,7 @@ from lightning_modules.grpo.rollout_file import (
     is_dead,
     make_filters,
 )
+from lightning_modules.ranges import check_number, check_whole
 
 _WIDE = 1 << 20  # nothing is wrapped in a pipe, where `grep` wants whole lines
 # Joiners are part of the spelling of Persian, of Indian languages and of emoji.
@@ -78,8 +79,10 @@ def show_rollouts(
         ValueError: If there is no such file, it holds no rollouts, no rollout passes the filters, or an
             option is wrong.
     """
-    if limit < 1 or chars < 0:
-        raise ValueError(f"limit={limit}, chars={chars}: limit must be at least 1, and chars at least 0.")
+    check_whole("limit", limit)
+    check_whole("chars", chars, least=0)
+    for name, value in {"min_reward": min_reward, "max_reward": max_reward, "success": success}.items():
+        check_number(name, value, none=name != "success")
     if summary and sort:
         raise ValueError(f"sort={sort!r} orders rollouts, and a summary is by step. Leave one out.")
     reader = RolloutFile(find_rollouts(Path(file)))

@@ -23,6 +23,7 @@ from lightning_modules.library.routers.base import Router, missing_descriptions
 from lightning_modules.library.routers.poly import PolyRouter
 from lightning_modules.library.steps import KeepAbsent
 from lightning_modules.library.store import AdapterLibrary
+from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.sharding import copy_rows
 from lightning_modules.sparse.storage import fingerprint
 from lightning_modules.sparse.targets import find_targets
@@ -69,8 +70,11 @@ class RoutedAdapter(Adapter):
         subtract: list[str] | None = None,
         same_start: bool = False,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank={rank}: must be at least 1.")
+        check_whole("rank", rank)
+        check_number("alpha", alpha, above=0)
+        check_number("router_lr", router_lr, least=0, none=True, hint="null is the optimiser's own.")
+        if isinstance(experts, int | float):
+            check_whole("experts", experts)
         if library is not None and not (experts is None or isinstance(experts, list)):
             raise ValueError(
                 f"experts={experts!r}: with library={library!r}, give a list of its experts, or null for all."

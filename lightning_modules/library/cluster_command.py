@@ -22,6 +22,7 @@ from lightning_modules.library.clustering import (
 )
 from lightning_modules.library.store import AdapterLibrary
 from lightning_modules.merging.reading import read_object
+from lightning_modules.ranges import check_number, check_whole
 
 
 def cluster_library(
@@ -54,6 +55,10 @@ def cluster_library(
     Raises:
         ValueError: If the library is empty, an expert is no LoRA, or there are fewer experts than clusters.
     """
+    check_whole("num_clusters", num_clusters)
+    check_number("trim", trim, least=0, below=1)
+    check_whole("components", components)
+    check_whole("seed", seed, least=0, most=2**32 - 1)
     store = AdapterLibrary(library)
     names = sorted(store)
     if not names:

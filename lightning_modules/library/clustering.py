@@ -16,6 +16,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from lightning_modules.merging.lora import LoraFactors
+from lightning_modules.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def embed(vectors: Sequence[Tensor], trim: float = 0.5, components: int = 64, se
     Raises:
         ValueError: If vectors differ in length or are zero, or `trim` is out of range.
     """
-    if not 0 <= trim < 1:
-        raise ValueError(f"trim={trim}: must lie in [0, 1).")
+    check_number("trim", trim, least=0, below=1)
     if len({len(vector) for vector in vectors}) > 1:
         raise ValueError(
             "The experts differ in rank or in layers, so their numbers cannot be compared one by one. Cluster by "

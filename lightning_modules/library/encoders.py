@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
+from lightning_modules.ranges import check_whole
+
 
 class HashingEncoder:
     """Words and pairs of words, hashed into a vector of unit norm. Needs no model.
@@ -22,8 +24,7 @@ class HashingEncoder:
     """
 
     def __init__(self, size: int = 4096) -> None:
-        if size < 1:
-            raise ValueError(f"size={size}: must be at least 1.")
+        check_whole("size", size, most=2**31 - 1)
         self.size = size
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -46,6 +47,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: str = "sentence-transformers/all-MiniLM-L6-v2", max_tokens: int = 256) -> None:
+        check_whole("max_tokens", max_tokens)
         self.model = model
         self.max_tokens = max_tokens
         self._loaded: tuple[Any, Any] | None = None

@@ -21,6 +21,7 @@ from lightning_modules.distributed import rng_state, set_rng_state
 from lightning_modules.library.mixing import Mixing, factor_mixing
 from lightning_modules.library.module import AdapterLibraryModule
 from lightning_modules.library.routers.fixed import WeightsRouter
+from lightning_modules.ranges import check_number
 
 _WORST = 1e9
 
@@ -141,10 +142,8 @@ class LoraHubModule(AdapterLibraryModule):
         bound: float = 1.5,
         **kwargs: Any,
     ) -> None:
-        if l1_coef < 0 or bound <= 0:
-            raise ValueError(
-                f"l1_coef={l1_coef}, bound={bound}: the first must not be negative, the second be positive."
-            )
+        check_number("l1_coef", l1_coef, least=0)
+        check_number("bound", bound, above=0)
         if kwargs.get("train_experts"):
             raise ValueError(
                 "train_experts: LoraHub weighs experts that stay as they are. Train them with AdapterLibraryModule."

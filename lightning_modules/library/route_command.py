@@ -11,6 +11,7 @@ from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.token import ArrowRouter
 from lightning_modules.library.store import AdapterLibrary
 from lightning_modules.library.watch import dense_weights
+from lightning_modules.ranges import check_whole
 from lightning_modules.sources import resolve_model
 
 
@@ -35,6 +36,7 @@ def route_prompts(
     Raises:
         ValueError: If the library is empty, the base model unknown, or the router does not suit the experts.
     """
+    check_whole("max_experts", max_experts)
     place = resolve_model(base_of(AdapterLibrary(library), base))
     tokenizer = AutoTokenizer.from_pretrained(place)
     adapter = RoutedAdapter(router, library, experts)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_modules.merging.entries import merge_entries
 from lightning_modules.merging.vectors import Delta, Parameter, Part, TaskVector
+from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.sparse.masks import top as highest
 
 
@@ -83,6 +84,7 @@ def task_arithmetic(experts: Sequence[TaskVector], *, scale: float = 0.4) -> dic
     >>> task_arithmetic([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([3.0, 1.0])}], scale=0.5)
     {'w': tensor([2.0000, 0.5000])}
     """
+    check_number("scale", scale)
     return merge_entries(experts, lambda values_EU, _: scale * values_EU.sum(0))
 
 
@@ -108,7 +110,8 @@ def ties(experts: Sequence[TaskVector], *, density: float = 0.2, scale: float = 
     >>> ties([{"w": torch.tensor([1.0, 3.0])}, {"w": torch.tensor([4.0, -2.0])}], density=0.5)
     {'w': tensor([4., 3.])}
     """
-    _check_share("density", density)
+    check_number("density", density, above=0, most=1, hint="0.2 is usual.")
+    check_number("scale", scale)
 
     def trim(parameter: Parameter, part: Part) -> Part:
         return part.keep(_largest(part.values.abs(), int(density * parameter.size)))
@@ -137,7 +140,9 @@ def dare(
     Raises:
         ValueError: If density is out of range.
     """
-    _check_share("density", density)
+    check_number("density", density, above=0, most=1, hint="0.1 is usual.")
+    check_number("scale", scale)
+    check_whole("seed", seed, least=0)
 
     def drop(parameter: Parameter, part: Part) -> Part:
         if density == 1:
@@ -174,9 +179,12 @@ def breadcrumbs(
     >>> breadcrumbs([{"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}], bottom=0.5, top=0.25, scale=1.0)
     {'w': tensor([0., 0., 3., 0.])}
     """
-    if not (bottom >= 0 and top >= 0 and bottom + top < 1):
+    check_number("scale", scale)
+    check_number("bottom", bottom, least=0, below=1)
+    check_number("top", top, least=0, below=1)
+    if not bottom + top < 1:
         raise ValueError(
-            f"bottom={bottom}, top={top}: shares must be 0 or more and below 1 together, as 0.9 and 0.01 are."
+            f"bottom={bottom}, top={top}: must be below 1 together, as 0.9 and 0.01 are. Lower one."
         )
 
     def cut(parameter: Parameter, part: Part) -> Part:
@@ -211,10 +219,9 @@ def consensus(
     >>> consensus([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([3.0, 1.0])}], scale=1.0, lam=0.2)
     {'w': tensor([4., 0.])}
     """
-    if not lam > 0:
-        raise ValueError(f"lam={lam}: must be above 0, such as 0.4.")
-    if agree < 1:
-        raise ValueError(f"agree={agree}: must be at least 1; 2 drops what one expert alone uses.")
+    check_number("scale", scale)
+    check_number("lam", lam, above=0, hint="0.4 is usual.")
+    check_whole("agree", agree, hint="2 drops what one expert alone uses.")
 
     def combine(values_EU: Tensor, _: Tensor) -> Tensor:
         sum_U = values_EU.sum(0)
@@ -250,8 +257,3 @@ def _largest(magnitudes: Tensor, count: int) -> Tensor:
 def _generator(seed: int, name: str, expert: int) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{expert}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-
-
-def _check_share(name: str, share: float) -> None:
-    if not 0 < share <= 1:
-        raise ValueError(f"{name}={share}: must be above 0 and at most 1, such as 0.2.")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.ranges import check_whole
+
 
 class LoraFactors(NamedTuple):
     """The factors of one weight's change.
@@ -112,8 +114,7 @@ def as_lora(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     if delta.dim() != 2:
         raise ValueError(f"LoRA changes matrices, not a parameter of shape {tuple(delta.shape)}.")
-    if rank < 1:
-        raise ValueError(f"rank={rank}: must be at least 1.")
+    check_whole("rank", rank)
     U, S, Vh = torch.linalg.svd(delta.float(), full_matrices=False)
     root = S[:rank].sqrt()
     missing = rank - len(root)

@@ -19,6 +19,7 @@ from lightning_modules.merging.experts import Expert, open_expert
 from lightning_modules.merging.methods import METHODS_OF_FACTORS, Method, check_options, find_method
 from lightning_modules.merging.outputs import write_lora, write_model, write_sparse_adapter
 from lightning_modules.merging.vectors import Delta
+from lightning_modules.ranges import check_whole
 from lightning_modules.sources import check_model, resolve_model
 from lightning_modules.sparse.delta import SparseDelta, check_indices
 
@@ -111,8 +112,7 @@ def merge_experts(
 
 
 def _check_output(to: str, rank: int, dtype: str) -> None:
-    if rank < 1:
-        raise ValueError(f"rank={rank}: must be at least 1.")
+    check_whole("rank", rank)
     if to != "model" and dtype != "float32":
         raise ValueError(f"dtype={dtype!r} is for --to model; adapters are written in float32.")
 

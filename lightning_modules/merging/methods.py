@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from lightning_modules.merging.elementwise import (
     average,
     breadcrumbs,
@@ -21,6 +23,7 @@ from lightning_modules.merging.elementwise import (
 from lightning_modules.merging.lora import factor_average
 from lightning_modules.merging.spectral import iso_c, tsv_m
 from lightning_modules.merging.vectors import Delta, TaskVector
+from lightning_modules.ranges import check_number
 
 # (experts) -> merged, its options bound
 Method = Callable[[Sequence[TaskVector]], Mapping[str, Delta]]
@@ -89,7 +92,8 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
         options: Names and values.
 
     Raises:
-        ValueError: If it does not know one, lacks one, or a default is a number and the value is not.
+        ValueError: If it does not know one, lacks one, one is out of range, or a default is a number and the value is
+            not.
     """
     try:
         known = dict(list(inspect.signature(function).parameters.items())[1:])
@@ -106,12 +110,14 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
                 continue
             raise ValueError(f"options: {title} has no option {name!r}. {takes}")
         default = named[name].default
-        kinds = (int, float) if type(default) is float else (int,) if type(default) is int else None
-        if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
-            what = "a number" if float in kinds else "a whole number"
-            raise ValueError(f"options: {name}={value!r} must be {what}, such as {default}.")
+        if type(default) is float:
+            check_number(f"options.{name}", value, hint=f"{default} is usual.")
+        elif type(default) is int:
+            check_number(f"options.{name}", value, whole=True, hint=f"{default} is usual.")
     missing = [
         name for name, one in named.items() if one.default is inspect.Parameter.empty and name not in options
     ]
     if missing:
         raise ValueError(f"options: {title} needs {', '.join(missing)}. Give --options.{missing[0]} VALUE.")
+    if function in METHODS.values() and function not in METHODS_OF_FACTORS:
+        function([{"w": torch.zeros(1, 1)}], **options)  # a method checks the ranges of its options

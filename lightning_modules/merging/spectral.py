@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.merging.vectors import Delta, TaskVector, parameters
+from lightning_modules.ranges import check_number
 
 
 def iso_c(experts: Sequence[TaskVector], *, scale: float = 1.0) -> dict[str, Delta]:
@@ -30,6 +31,7 @@ def iso_c(experts: Sequence[TaskVector], *, scale: float = 1.0) -> dict[str, Del
     Raises:
         ValueError: If the shape of a parameter is not known.
     """
+    check_number("scale", scale)
 
     def merge(deltas: Sequence[Tensor], _: int) -> Tensor:
         U, S, Vh = _svd(torch.stack(list(deltas)).sum(0))
@@ -56,6 +58,7 @@ def tsv_m(experts: Sequence[TaskVector], *, scale: float = 1.0) -> dict[str, Del
     Raises:
         ValueError: If the shape of a parameter is not known.
     """
+    check_number("scale", scale)
 
     def merge(deltas: Sequence[Tensor], num_experts: int) -> Tensor:
         count = max(1, min(deltas[0].shape) // num_experts)

@@ -37,6 +37,7 @@ from lightning_modules.planning.report import RunPlan
 from lightning_modules.planning.shapes import StepShape
 from lightning_modules.planning.sparse import PlannedSparseAdapter
 from lightning_modules.planning.tracker import fake_ranks, fake_tensors
+from lightning_modules.ranges import check_whole
 from lightning_modules.sft import SFTModule
 from lightning_modules.sharding import decoder_layers
 from lightning_modules.sparse.adapter import SparseAdapter
@@ -68,6 +69,8 @@ def plan_run(
     Raises:
         ValueError: If the module is none of ours, or something in it needs weights or values.
     """
+    check_whole("prompt_tokens", prompt_tokens)
+    check_whole("answer_tokens", answer_tokens)
     if not isinstance(module, GRPOModule | SFTModule):
         raise ValueError(
             f"model={type(module).__name__} cannot be planned: its step is not known. Plan SFTModule, GRPOModule, "
@@ -164,9 +167,6 @@ def step_shape(
     Raises:
         ValueError: If a length is not positive, or the data does not say how many rows a step has.
     """
-    for name, value in {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1.")
     prompts = getattr(data, "batch_size", None)
     if not isinstance(prompts, int):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
+
+from lightning_modules.ranges import check_number, check_whole
 
 FinishReason = Literal["stop", "length"]
 
@@ -45,22 +46,12 @@ class Sampling:
         if isinstance(self.stop, str):
             raise ValueError(f"stop={self.stop!r}: give a list of strings, such as [{self.stop!r}].")
         object.__setattr__(self, "stop", tuple(self.stop))
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1 token must be generated.")
-        if self.temperature < 0:
-            raise ValueError(
-                f"temperature={self.temperature}: use 0 for greedy decoding or a positive number."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]; 1 keeps every token.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must not be negative; 0 keeps every token.")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p={self.min_p}: must lie in [0, 1); 0 keeps every token.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty}: must be positive and finite; 1 changes nothing."
-            )
+        check_whole("max_new_tokens", self.max_new_tokens)
+        check_number("temperature", self.temperature, least=0, hint="0 decodes greedily.")
+        check_number("top_p", self.top_p, above=0, most=1, hint="1 keeps every token.")
+        check_whole("top_k", self.top_k, least=0, hint="0 keeps every token.")
+        check_number("min_p", self.min_p, least=0, below=1, hint="0 keeps every token.")
+        check_number("repetition_penalty", self.repetition_penalty, above=0, hint="1 changes nothing.")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(
                 f"stop={list(self.stop)}: every entry must be a string that is not empty, for the empty one ends "

@@ -22,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightning_modules.ranges import check_whole
 from lightning_modules.sampling.base import (
     Announce,
     Completions,
@@ -101,8 +102,7 @@ class GenerateSampler(Sampler):
     """
 
     def __init__(self, max_rows: int = 256) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows={max_rows}: must be at least 1.")
+        check_whole("max_rows", max_rows)
         self.max_rows = max_rows
 
     def bind(self, model: nn.Module, tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lightning_modules.ranges import check_whole
 from lightning_modules.sampling.base import Announce, Completions, Sampler, Sampling
 from lightning_modules.sampling.batch import RowBatch
 from lightning_modules.sampling.decoding import Decoding
@@ -51,10 +52,8 @@ class NativeSampler(Sampler):
     """
 
     def __init__(self, max_rows: int = 256, max_tokens: int | None = None, pack_weights: bool = True) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows={max_rows}: must be at least 1.")
-        if max_tokens is not None and max_tokens < 2:
-            raise ValueError(f"max_tokens={max_tokens}: must hold a prompt and a token, or be null.")
+        check_whole("max_rows", max_rows)
+        check_whole("max_tokens", max_tokens, least=2, none=True, hint="A prompt and a token must fit.")
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.pack_weights = pack_weights

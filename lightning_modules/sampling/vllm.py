@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.distributed import gathered
+from lightning_modules.ranges import check_seconds, check_whole
 from lightning_modules.sampling.policy_folder import PolicyFolderSampler
 from lightning_modules.sampling.vllm_client import ServerError, VLLMClient, in_parallel
 from lightning_modules.sampling.vllm_policy import SavedPolicy
@@ -87,13 +88,10 @@ class VLLMSampler(PolicyFolderSampler[Served]):
                     "server_args are for a server that the sampler starts, but url names one that runs. Leave one of "
                     "the two out."
                 )
-        for name, value in (("timeout", timeout), ("startup_timeout", startup_timeout)):
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be positive seconds.")
-        if max_retries < 0:
-            raise ValueError(f"max_retries={max_retries}: must not be negative; 0 tries once.")
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency={max_concurrency}: must be at least 1.")
+        check_seconds("timeout", timeout)
+        check_seconds("startup_timeout", startup_timeout)
+        check_whole("max_retries", max_retries, least=0, hint="0 tries once.")
+        check_whole("max_concurrency", max_concurrency)
         self.url = url
         self.timeout = timeout
         self.max_retries = max_retries

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.ranks import several_ranks
 from lightning_modules.sampling.policy_folder import PolicyFolderSampler
 from lightning_modules.sampling.vllm_policy import SavedPolicy
@@ -36,10 +37,8 @@ class VLLMEngineSampler(PolicyFolderSampler[int]):
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(sync_folder)
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"gpu_memory_utilization={gpu_memory_utilization}: must lie in (0, 1]; 0.3 is usual."
-            )
+        check_number("gpu_memory_utilization", gpu_memory_utilization, above=0, most=1, hint="0.3 is usual.")
+        check_whole("max_model_len", max_model_len, least=2, none=True)
         self.gpu_memory_utilization = gpu_memory_utilization
         self.max_model_len = max_model_len
         self.engine_args = engine_args

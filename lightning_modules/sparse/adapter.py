@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_modules.adapters import Adapter
+from lightning_modules.ranges import check_whole
 from lightning_modules.ranks import several_ranks
 from lightning_modules.sharding import read, sharded_modules, whole
 from lightning_modules.sparse.delta import SparseDelta
@@ -72,6 +73,7 @@ class SparseAdapter(Adapter):
         schedule: Schedule = Static(),  # noqa: B008  frozen
     ) -> None:
         check_density(density)
+        check_whole("block", block)
         unit_sums(torch.zeros(1, 1), structure, block)  # refuses what it does not know
         if budget not in ("layer", "global"):
             raise ValueError(f"budget={budget!r}: must be layer or global.")

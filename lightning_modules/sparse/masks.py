@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_modules.ranges import check_number
+
 Structure = Literal["element", "row", "column", "block"]
 
 
@@ -149,8 +151,7 @@ def check_density(density: float) -> None:
     Raises:
         ValueError: If it is not in (0, 1].
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density={density}: must be above 0 and at most 1, such as 0.05.")
+    check_number("density", density, above=0, most=1, hint="0.05 is usual.")
 
 
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.sparse.scores import Score, random
 
 
@@ -44,8 +45,7 @@ class Schedule(ABC):
 
 def _check(**counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}: must be at least 1.")
+        check_whole(f"schedule.{name}", count)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Static(Schedule):
     batches: int = 1
 
     def __post_init__(self) -> None:
-        _check(batches=self.batches + 1)
+        check_whole("schedule.batches", self.batches, least=0, hint="0 is for scores without gradient.")
 
     def due(self, step: int, epoch: int) -> bool:
         """Return whether all batches were observed."""
@@ -154,8 +154,7 @@ class GrowAndDrop(Schedule):
 
     def __post_init__(self) -> None:
         _check(every=self.every, steps=self.steps, batches=self.batches)
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction}: must be above 0 and at most 1.")
+        check_number("schedule.fraction", self.fraction, above=0, most=1)
 
     def due(self, step: int, epoch: int) -> bool:
         """Return whether this is the start, or n steps have passed."""

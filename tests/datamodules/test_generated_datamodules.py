@@ -156,8 +156,15 @@ def test_bad_tasks_and_options(tasks, message):
         gym(tasks)
 
 
-@pytest.mark.parametrize("weights", [[1], [1, 0], [1, 2, 3]])
-def test_bad_weights(weights):
-    message = f"weights={weights} must hold one number above 0 for each of the 2 tasks"
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1], "weights=[1]: must be 2 numbers, not 1"),
+        ([1, 0], "weights[1]=0: must be above 0"),
+        ([1, float("nan")], "weights[1]=nan: must be a finite number above 0"),
+        ([1, 2, 3], "weights=[1, 2, 3]: must be 2 numbers, not 3"),
+    ],
+)
+def test_bad_weights(weights, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         gym(["chain_sum", "spell_backward"], weights=weights)

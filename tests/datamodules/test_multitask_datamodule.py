@@ -138,7 +138,7 @@ def test_validation_from_train_or_test(folder):
             {"examples_per_epoch": 10},
             "examples_per_epoch=10 gives no row to small; raise it, or raise temperature=1.0",
         ),
-        ({"temperature": 0}, "temperature=0 must be above 0"),
+        ({"temperature": 0}, "temperature=0: must be above 0"),
         ({"validate_on_test": True, "val_size": 3}, "give either validate_on_test or val_size=3, not both"),
         ({"val_size": 5}, "val_size=5 holds out 5 of the 5 rows of the task small and leaves none"),
         ({"instructions": "nowhere.json"}, "instructions='nowhere.json' is no readable JSON file: "),

@@ -169,9 +169,7 @@ def test_held_out_depends_on_the_seed():
 
 @pytest.mark.parametrize("val_size", [-1, -0.1, 1.0, 2.5])
 def test_an_impossible_val_size_is_refused(val_size):
-    with pytest.raises(
-        ValueError, match=f"val_size={val_size!r} is neither a fraction in .* nor a number of rows"
-    ):
+    with pytest.raises(ValueError, match=f"val_size={val_size!r}: must be .*Write 0.1 for a tenth"):
         held_out(10, val_size, 0, "data")
 
 

@@ -157,22 +157,25 @@ def test_an_interrupted_run_resumes_with_its_reference(tiny_model, tmp_path):
     ("options", "message"),
     [
         (lambda: {"kl": KL(0.1, kind="k1")}, "kl.kind=k1 in the loss: its gradient is zero"),
-        (lambda: {"kl": KL(-0.1)}, "kl.coef=-0.1 must not be negative"),
+        (lambda: {"kl": KL(-0.1)}, "kl.coef=-0.1: must be at least 0"),
         (
             lambda: {"kl": KL(0.1, in_reward=True, unbiased=True)},
             "kl.unbiased weighs the estimate in the loss",
         ),
         (lambda: {"kl": KL(0.1, reference=Snapshot(every=0))}, "every=0: must be at least 1"),
-        (lambda: {"kl": KL(0.1, reference=Snapshot(mix=0))}, "mix=0: must lie above 0"),
-        (lambda: {"policy_loss": ClippedSurrogate(ceiling=0.9)}, "ceiling=0.9 must be at least 1"),
+        (lambda: {"kl": KL(0.1, reference=Snapshot(mix=0))}, "mix=0: must be above 0"),
+        (lambda: {"policy_loss": ClippedSurrogate(ceiling=0.9)}, "ceiling=0.9: must be at least 1"),
         (
             lambda: {"policy_loss": ClippedSurrogate(level="sequence")},
             "of whole sequences with objective.over=tokens",
         ),
         (lambda: {"policy_loss": GMPO()}, "GMPO of whole sequences with objective.over=tokens"),
-        (lambda: {"policy_loss": ClippedSurrogate(clip=(-0.1, 0.2))}, "must not be negative"),
-        (lambda: {"objective": Objective(top_entropy=0.0)}, "objective.top_entropy=0.0 must lie above 0"),
-        (lambda: {"objective": Objective(off_policy_threshold=-1.0)}, "must be positive nats"),
+        (lambda: {"policy_loss": ClippedSurrogate(clip=(-0.1, 0.2))}, r"clip\[0\]=-0.1: must be at least 0"),
+        (lambda: {"objective": Objective(top_entropy=0.0)}, "objective.top_entropy=0.0: must be above 0"),
+        (
+            lambda: {"objective": Objective(off_policy_threshold=-1.0)},
+            "off_policy_threshold=-1.0: must be above 0, or null",
+        ),
         (
             lambda: {"objective": Objective(correction=TruncatedImportance(cap=0.5))},
             "cap=0.5 must be at least 1",

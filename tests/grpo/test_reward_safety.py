@@ -167,5 +167,5 @@ def test_nan_stays_an_error_or_none():
 
 
 def test_patience_is_checked():
-    with pytest.raises(ValueError, match="patience=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"scoring\.patience=0: must be"):
         Scoring(patience=0)

@@ -466,7 +466,7 @@ def test_weighted_total():
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="timeout=0 must be positive seconds, or None"):
+    with pytest.raises(ValueError, match=r"scoring\.timeout=0: must be above 0, or null"):
         Scoring(timeout=0)
     with pytest.raises(ValueError, match="nan='skip' is unknown: use error or ignore"):
         Scoring(nan="skip")

@@ -98,5 +98,5 @@ def test_gap_is_that_of_the_tokens_that_count():
 
 
 def test_a_limit_that_is_no_distance_is_refused():
-    with pytest.raises(ValueError, match=r"objective.max_sampler_gap=0.0 must be positive"):
+    with pytest.raises(ValueError, match=r"objective.max_sampler_gap=0.0: must be above 0"):
         Objective(max_sampler_gap=0.0)

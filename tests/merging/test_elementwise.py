@@ -280,7 +280,7 @@ def test_breadcrumbs_cuts_both_tails():
     [
         (lambda e: ties(e, density=0), "density=0: must be above 0 and at most 1"),
         (lambda e: dare(e, density=1.5), "density=1.5"),
-        (lambda e: breadcrumbs(e, bottom=0.9, top=0.1), "bottom=0.9, top=0.1: shares"),
+        (lambda e: breadcrumbs(e, bottom=0.9, top=0.1), "bottom=0.9, top=0.1: must be below 1 together"),
         (lambda e: consensus(e, lam=0), "lam=0: must be above 0"),
         (lambda e: consensus(e, agree=0), "agree=0: must be at least 1"),
         (lambda e: average([]), "experts is empty"),

@@ -297,8 +297,14 @@ def test_methods_and_options(made, refused):
         "--options.desnity",
         "1",
     )
-    refused("density='x' must be a number, such as 0.2", "--method", "ties", "--options.density", "x")
-    refused("agree=1.5 must be a whole number", "--method", "consensus", "--options.agree", "1.5")
+    refused(
+        "options.density='x': must be a finite number. 0.2 is usual.",
+        "--method",
+        "ties",
+        "--options.density",
+        "x",
+    )
+    refused("options.agree=1.5: must be a whole number", "--method", "consensus", "--options.agree", "1.5")
     refused("density=2: must be above 0", "--method", "ties", "--options.density", "2")
     refused("rank=0", "--to", "lora", "--rank", "0")
     refused("dtype='bfloat16' is for --to model", "--to", "lora", "--dtype", "bfloat16")

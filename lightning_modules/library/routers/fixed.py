@@ -16,6 +16,7 @@ from datamodules.batches import Prompt
 from lightning_modules.library.experts import Experts
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
+from lightning_modules.ranges import check_numbers
 
 
 class UniformRouter(Router):
@@ -42,6 +43,7 @@ class WeightsRouter(Router):
 
     def __init__(self, weights: dict[str, float] | None = None) -> None:
         super().__init__()
+        check_numbers("weights", weights, none=True)
         self.weights = weights
 
     def prepare(self, experts: Experts) -> None:

@@ -15,6 +15,7 @@ from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.fixed import TaskRouter
 from lightning_modules.library.routers.token import TokenRouter
+from lightning_modules.ranges import check_number
 
 
 class PhatgooseGates(TaskRouter):
@@ -64,6 +65,7 @@ class LinearRouter(TokenRouter):
         self, top_k: int | None = None, temperature: float = 1.0, hard: bool = False, init: float = 0.02
     ) -> None:
         super().__init__(top_k, temperature)
+        check_number("init", init, least=0)
         self.hard = hard
         self.init = init
 

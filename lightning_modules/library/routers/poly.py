@@ -17,6 +17,7 @@ from lightning_modules.library.experts import Experts
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.fixed import unknown_task
+from lightning_modules.ranges import check_whole
 
 
 class PolyRouter(Router):
@@ -48,10 +49,11 @@ class PolyRouter(Router):
         anneal_until: int | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ValueError(f"num_heads={num_heads}: must be at least 1.")
+        check_whole("num_heads", num_heads)
+        check_whole("anneal_from", anneal_from, least=0, none=True)
+        check_whole("anneal_until", anneal_until, none=True)
         if (anneal_from is None) != (anneal_until is None) or (
-            anneal_from is not None and anneal_until is not None and not 0 <= anneal_from < anneal_until
+            anneal_from is not None and anneal_until is not None and not anneal_from < anneal_until
         ):
             raise ValueError(
                 f"anneal_from={anneal_from}, anneal_until={anneal_until}: give both, the first one smaller, or none."

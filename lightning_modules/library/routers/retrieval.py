@@ -17,6 +17,7 @@ from lightning_modules.library.experts import Experts
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.token import arrays_of_experts
+from lightning_modules.ranges import check_number, check_whole
 
 
 class RetrievalRouter(Router):
@@ -48,10 +49,10 @@ class RetrievalRouter(Router):
         num_examples: int = 20,
     ) -> None:
         super().__init__()
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k}: must be at least 1, or null for all experts.")
-        if temperature <= 0 or num_examples < 1:
-            raise ValueError(f"temperature={temperature}, num_examples={num_examples}: must be positive.")
+        check_whole("top_k", top_k, none=True, hint="null keeps all experts.")
+        check_number("temperature", temperature, above=0)
+        check_number("threshold", threshold, least=-1, most=1, none=True, hint="It is a cosine.")
+        check_whole("num_examples", num_examples)
         self.encoder = encoder
         self.top_k = top_k
         self.temperature = temperature

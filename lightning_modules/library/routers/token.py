@@ -18,6 +18,7 @@ from datamodules.batches import Prompt
 from lightning_modules.library.experts import Experts, stacked
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
+from lightning_modules.ranges import check_number, check_whole
 
 
 class TokenRouter(Router):
@@ -37,10 +38,9 @@ class TokenRouter(Router):
         self, top_k: int | None = 4, temperature: float = 1.0, threshold: float | None = None
     ) -> None:
         super().__init__()
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k}: must be at least 1, or null for all experts.")
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: must be positive.")
+        check_whole("top_k", top_k, none=True, hint="null keeps all experts.")
+        check_number("temperature", temperature, above=0)
+        check_number("threshold", threshold, none=True, hint="null never abstains.")
         self.top_k = top_k
         self.temperature = temperature
         self.threshold = threshold
@@ -180,8 +180,7 @@ class CentroidRouter(TokenRouter):
         num_examples: int = 10,
     ) -> None:
         super().__init__(top_k, 1.0 if temperature is None else temperature, threshold)
-        if num_examples < 1:
-            raise ValueError(f"num_examples={num_examples}: must be at least 1.")
+        check_whole("num_examples", num_examples)
         self.temperature = temperature  # type: ignore[assignment]
         self.num_examples = num_examples
 

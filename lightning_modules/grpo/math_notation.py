@@ -48,15 +48,14 @@ _SCIENTIFIC = re.compile(
 _MIXED = re.compile(r"(?<![\w./}])([0-9]+)(?:\s|\\[ ,;:]|~)+([0-9]+)/([0-9]+)(?![\w/.])")
 _BASED = re.compile(r"(?<![\w.}])([0-9]+)_(?:\{([0-9]{1,2})\}|([0-9]))(?![\w])")
 _REPEATING = re.compile(r"(?<![\w.}])([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{([0-9]+)\}(?![\w{])")
-# Names that typists leave without a backslash; letters by themselves would be a product.
-_NAMES = re.compile(
-    r"(?<![\\a-zA-Z{])(pi|theta|alpha|beta|gamma|lambda|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln)"
-    r"(?![a-zA-Z])"
-)
-
 TEXT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|sf)|mbox|operatorname)"
 """LaTeX commands that set words."""
 
+# Names that typists leave without a backslash; letters by themselves would be a product.
+_NAMES = re.compile(
+    rf"{TEXT}\s*\{{[^{{}}]*\}}|(?<![\\a-zA-Z])(pi|theta|alpha|beta|gamma|lambda|sin|cos|tan|cot|sec|csc|arcsin|arccos"
+    r"|arctan|log|ln)(?![a-zA-Z])"
+)
 _DEGREES = re.compile(rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ)(?:\s*(?:{TEXT}\{{\s*[CFK]\s*\}}|[CF]\b))?")
 _UNIT_IN_TEXT = re.compile(
     rf"(?<=[\w}})!])(?:\s|\\[,;:! ]|~)*{TEXT}\s*\{{([^{{}}0-9]*)\}}(?:\s*\^\s*(?:\{{-?[0-9]\}}|[0-9]))?$"
@@ -99,7 +98,7 @@ def cleaned(text: str) -> str:
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _BASED.sub(_decimal, text)
     text = _REPEATING.sub(_fraction, text)
-    text = _NAMES.sub(r"\\\1", text)
+    text = _NAMES.sub(lambda match: rf"\{match[1]}" if match[1] else match[0], text)
     return _DEGREES.sub("", text)
 
 

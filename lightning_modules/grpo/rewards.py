@@ -10,6 +10,7 @@ Shapes: B rows.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import json
@@ -191,7 +192,7 @@ class MathVerify(GoldReward):
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("MathVerify needs math-verify: pip install 'lightning-quiver[math]'")
         seconds = self.timeout if threading.current_thread() is threading.main_thread() else None
-        sources = [one.rsplit("####", 1)[-1] for one in self.golds(gold)]
+        sources = [one.rsplit("####", 1)[-1] for one in self.golds(_unquoted(gold))]
         golds = [gold_answer(one, seconds) for one in sources]
         if not self.any_of and golds:
             joined = joined_golds(golds, sources, seconds)
@@ -314,6 +315,16 @@ def _column(reward: object, name: str, columns: Mapping[str, Any]) -> Sequence[A
         )
     column: Sequence[Any] = columns[name]
     return column
+
+
+def _unquoted(gold: Any) -> Any:
+    """The list that a text such as `["3", "8"]` is; without quotes it may be an interval, and stays text."""
+    if not (isinstance(gold, str) and re.fullmatch(r"\s*\[\s*([\"']).*\1\s*\]\s*", gold, re.DOTALL)):
+        return gold
+    try:
+        return ast.literal_eval(gold.strip())
+    except (ValueError, SyntaxError):
+        return gold
 
 
 @functools.cache

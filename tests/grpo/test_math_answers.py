@@ -263,6 +263,12 @@ CASES = [  # gold, completion, right reward; NAN where no right reward can be ha
     ("[1,100]", boxed("[1,100]"), 1),
     ("(1,100)", boxed("1100"), 0),
     ("{5}", boxed("5"), 1),
+    ('["3","8"]', boxed("3,8"), 1),
+    ("['3', '8']", boxed("8"), 0),
+    ("[3,8]", boxed("[3,8]"), 1),
+    (r"\frac{pi}{3}", boxed(r"\frac{\pi}{3}"), 1),
+    ("2.5e4, 3", boxed("3, 25000"), 1),
+    ("x=1,y=2", boxed("x=2, y=1"), 0),
 ]
 
 

@@ -32,6 +32,7 @@ class HeldOutGain(lightning.Callback):
         self.filename = filename
         self._before: dict[int, float] = {}
         self._after: dict[int, float] = {}
+        self._without: set[int] = set()  # prompts of which no completion has a reward
         self._measured_at = 0
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -51,7 +52,7 @@ class HeldOutGain(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Forget the validation before."""
-        self._after = {}
+        self._after, self._without = {}, set()
         self._measured_at = trainer.global_step
 
     def on_validation_batch_end(
@@ -74,6 +75,7 @@ class HeldOutGain(lightning.Callback):
         uids = outputs["rollout"].batch.uids[:: outputs["rollout"].group_size]
         means = outputs["success"].float().nanmean(1).tolist()  # NaN: the reward applies to no completion
         success = {uid: mean for uid, mean in zip(uids, means, strict=True) if not math.isnan(mean)}
+        self._without |= set(uids) - success.keys()
         if not trainer.sanity_checking:
             self._after |= success
         elif not trainer.ckpt_path:  # a resumed run keeps the accuracy from before its first part
@@ -83,10 +85,18 @@ class HeldOutGain(lightning.Callback):
         """Print the result and write it down."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         before, after = _merged(self._before), _merged(self._after)
+        without = set().union(*gathered(self._without))
         uids = sorted(before.keys() & after.keys())
-        if not before or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if not (before or without) or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
+        if without:
+            pl_module.print(
+                f"The first reward function judged no completion of {len(without)} of "
+                f"{len(without | after.keys())} prompts in the last validation; held-out accuracy leaves them out."
+            )
         if not uids:
+            if without:
+                return
             pl_module.print(
                 "Held-out accuracy after training was not measured: no validation ran. Finish an epoch, or "
                 "set trainer.val_check_interval."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ class LearningCurve(lightning.Callback):
 
 
 def _moving_average(values: list[float], window: int) -> list[float]:
-    """Mean of each value and up to `window - 1` before it."""
-    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
-    return [sum(part) / len(part) for part in parts]
+    """Mean of each value and up to `window - 1` before it; steps without a value, such as a reward, do not count."""
+    parts = [
+        [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
+        for end in range(1, len(values) + 1)
+    ]
+    return [sum(part) / len(part) if part else math.nan for part in parts]

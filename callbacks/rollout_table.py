@@ -85,12 +85,16 @@ class RolloutTable(lightning.Callback):
         rows = redact_strings([row for part in gathered(self._rows(step, outputs)) for row in part])
         if not trainer.is_global_zero:
             return
-        with naming(self._target), self._target.open("a", encoding="utf-8") as file:
+        # Half a surrogate pair, which UTF-8 lacks, is written as JSON escapes it.
+        with (
+            naming(self._target),
+            self._target.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if step % self.table_every_n_steps == 0:
             extra = dict.fromkeys(name for row in rows for name in row if name not in _COLUMNS)
-            columns = [*_COLUMNS, *extra]
-            data = [[_cell(row.get(name)) for name in columns] for row in rows]
+            columns = [*_COLUMNS, *map(_cell, extra)]
+            data = [[_cell(row.get(name)) for name in (*_COLUMNS, *extra)] for row in rows]
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_table("rollouts", columns=columns, data=data)
@@ -114,10 +118,15 @@ class RolloutTable(lightning.Callback):
                 **{
                     f"reward/{name}": _number(scores.by_function[i, k]) for k, name in enumerate(scores.names)
                 },
-                **{name: _plain(values[i]) for name, values in rollout.extra.items()},
+                **{_free(name): _plain(values[i]) for name, values in rollout.extra.items()},
             }
             for i in range(min(len(rollout), self.groups_per_step * rollout.group_size))
         ]
+
+
+def _free(name: str) -> str:
+    """The column of what a reward function logged, apart from those of every rollout."""
+    return f"log_extra/{name}" if name in _COLUMNS or name.startswith("reward/") else name
 
 
 def _number(value: Any) -> float | None:
@@ -136,11 +145,16 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+        return hex(value)  # JSON readers take it for a float, and Python prints no more than 4300 digits
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    """A value as a W&B table takes it, of which a column holds one type."""
+    if isinstance(value, list | dict):
+        value = json.dumps(value, ensure_ascii=False)
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _step(line: bytes) -> int:

@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import callbacks
 from callbacks.graceful_stop import StoppedError
@@ -83,12 +84,22 @@ class GuardedCLI(LightningCLI):
         Raises:
             RankDeathError: If another rank ended it.
             OSError: If a disk did, with the file and a remedy; or a worker process of a loader.
+            ValueError: If somebody's function called `sys.exit`: with code 0 the command would seem to succeed.
         """
         with ExitStack() as self._at_end:
             try:
                 super()._run_subcommand(subcommand)
             except StoppedError:
                 pass
+            except SystemExit as error:
+                # Lightning makes Ctrl-C an exit, and SIGTERM.
+                if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+                    raise
+                frame, line = list(walk_tb(error.__traceback__))[-1]
+                raise ValueError(
+                    f"{frame.f_code.co_name} ({frame.f_code.co_filename}, line {line}) called sys.exit({error.code!r}) "
+                    f"during `quiver {subcommand}`, which ended it. Let it return, or raise an error."
+                ) from None
             except Exception as error:
                 if died := self.own_callback(callbacks.RankWatch).died:
                     raise died from None

@@ -6,6 +6,7 @@ Shapes: B rows, b rows of a micro-batch, T completion tokens.
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -15,6 +16,40 @@ from lightning_modules.grpo.policy import Tokens
 from lightning_modules.grpo.policy_losses import PolicyLoss
 from lightning_modules.grpo.rollout import Rollout, Scores
 from lightning_modules.metrics import Means
+
+OWN_METRICS = frozenset(
+    {
+        "accuracy",
+        "answer_tokens",
+        "best_loss",
+        "clip_high",
+        "clip_low",
+        "completion_length",
+        "dead_easy",
+        "dead_groups",
+        "dead_hard",
+        "entropy",
+        "epoch",
+        "grad_norm",
+        "kl",
+        "length_reward_correlation",
+        "loss",
+        "lr",
+        "no_reward",
+        "nonfinite_updates",
+        "pass_rate_known",
+        "reward",
+        "sampler_gap",
+        "skipped_steps",
+        "step",
+        "time",
+        "tokens",
+        "truncated",
+    }
+)
+"""What modules and callbacks log under `train/`, up to the first slash: a reward function may not."""
+
+_EVALUATED = re.compile(r"(mean|pass|maj)@[0-9]+")
 
 # Names of the means from which the correlation of length and reward is made; they are not logged.
 _MOMENTS = ("_length", "_reward", "_length^2", "_reward^2", "_length*reward")
@@ -37,6 +72,8 @@ def add_rollout_means(means: Means, rollout: Rollout, scores: Scores, advantages
         {"right": scores.success == 1, "wrong": scores.success == 0},
     )
     means.add("reward", scores.total)
+    for name, missing_B in no_reward(scores).items():
+        means.add(name, missing_B)
     for name, rewards_B in zip(scores.names, scores.by_function.unbind(1), strict=True):
         means.add(f"reward/{name}", rewards_B)
         for outcome, rows_B in outcomes.items():
@@ -53,6 +90,30 @@ def add_rollout_means(means: Means, rollout: Rollout, scores: Scores, advantages
     moments = (length_B, scores.total, length_B**2, scores.total**2, length_B * scores.total)
     for name, values_B in zip(_MOMENTS, moments, strict=True):
         means.add(name, values_B)
+
+
+def free_name(name: str) -> str:
+    """Return the name under which a reward function's own metric is logged, apart from ours.
+
+    >>> free_name("judged"), free_name("loss"), free_name("sums/pass@4")
+    ('judged', 'log_metric/loss', 'log_metric/sums/pass@4')
+    """
+    parts = name.split("/")
+    is_ours = OWN_METRICS.intersection(parts) or any(map(_EVALUATED.fullmatch, parts))
+    return f"log_metric/{name}" if is_ours else name
+
+
+def no_reward(scores: Scores) -> dict[str, Tensor]:
+    """Mark the rows without a reward: from any function, and where there are several from each.
+
+    Returns:
+        1 where a row has none (B), by the name of the metric.
+    """
+    found = {"no_reward": scores.total.isnan().float()}
+    if len(scores.names) > 1:
+        for name, rewards_B in zip(scores.names, scores.by_function.unbind(1), strict=True):
+            found[f"no_reward/{name}"] = rewards_B.isnan().float()
+    return found
 
 
 def with_correlation(values: dict[str, float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from lightning_modules.grpo.checks import check_settings, warn_of_settings
 from lightning_modules.grpo.correction import off_policy_rows
 from lightning_modules.grpo.estimators import Advantage, GroupAdvantage, Rewards
 from lightning_modules.grpo.losses import kl_estimate
+from lightning_modules.grpo.metrics import free_name
 from lightning_modules.grpo.objective import Objective
 from lightning_modules.grpo.passes import best_passes
 from lightning_modules.grpo.plan import Plan, kv_bytes_per_token, parameter_facts
@@ -30,7 +32,7 @@ from lightning_modules.grpo.resampling import Resampling
 from lightning_modules.grpo.reward_watch import RewardWatch
 from lightning_modules.grpo.rewards import RewardFunction
 from lightning_modules.grpo.rollout import Rollout, Scores, repeat_rows, row_seeds
-from lightning_modules.grpo.scoring import Scoring, reward_names, score_completions, weighted_total
+from lightning_modules.grpo.scoring import Scoring, as_number, reward_names, score_completions, weighted_total
 from lightning_modules.grpo.steps import PATIENCE, RolloutSteps
 from lightning_modules.ranges import check_numbers
 from lightning_modules.sampling import NativeSampler, Sampler, Sampling
@@ -297,6 +299,16 @@ class GRPOModule(RolloutSteps):
         return loss_bT
 
     def _log_metric(self, name: str, value: float) -> None:
-        """Let a reward function log a number of its own (TRL's `log_metric`)."""
+        """Let a reward function log a number of its own (TRL's `log_metric`), which replaces none of ours."""
+        number = as_number(value)
+        if number is None:
+            raise ValueError(
+                f"log_metric({name!r}) got {value!r:.60} of type {type(value).__name__}: give a number"
+            )
+        free = free_name(str(name))
+        if free != name:
+            rank_zero_warn(
+                f"log_metric({name!r}) has the name of a metric of this run, so it is logged as {free!r}."
+            )
         stage = "train" if self.trainer.training else "test" if self.trainer.testing else "val"
-        self.log(f"{stage}/{name}", value, batch_size=1)
+        self.log(f"{stage}/{free}", number, batch_size=1)

@@ -10,8 +10,11 @@ Shapes: B rows.
 
 from __future__ import annotations
 
+import ast
 import functools
+import importlib.util
 import json
+import math
 import re
 import threading
 import unicodedata
@@ -19,9 +22,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 from datamodules.batches import Prompt
+from lightning_modules.grpo.math_answers import gold_answer, is_equal, joined_golds
+from lightning_modules.grpo.numbers import last_number
 from lightning_modules.ranges import check_number, check_whole
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -30,11 +36,6 @@ RewardFunction: TypeAlias = Callable[..., Sequence[float | None] | Awaitable[Seq
 Completion: TypeAlias = Prompt
 """A string, or the messages that answer a conversation."""
 
-# A sign counts unless it follows a word, a number or a bracket: there it is a dash or a subtraction.
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-+])?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
-)
 # Punctuation goes, but signs and separators of numbers stay: -5 is not 5, 3.14 is not 314.
 _PUNCTUATION = re.compile(r"(?!(?<![^\W\d_])[-+.,:/](?=\d))[^\w\s]")
 
@@ -63,6 +64,22 @@ class GoldReward(ABC):
             for completion, gold in zip(completions, golds, strict=True)
         ]
 
+    def golds(self, gold: Any) -> list[str]:
+        """Return a gold answer as text: one, or those of a list.
+
+        Raises:
+            ValueError: If it holds anything but text and finite numbers.
+        """
+        values = gold.tolist() if callable(getattr(gold, "tolist", None)) else gold
+        values = list(values) if isinstance(values, list | tuple | set | frozenset) else [values]
+        for one in values:
+            if not isinstance(one, str | Real | Decimal) or one != one or one in (math.inf, -math.inf):
+                raise ValueError(
+                    f"{type(self).__name__} compares text or numbers, but a row of the column {self.column!r} holds "
+                    f"{one!r:.60} of type {type(one).__name__}. Name the column that holds the answer itself"
+                )
+        return [str(one) for one in values]
+
     @abstractmethod
     def score(self, text: str, gold: Any) -> float | None:
         """Score one completion against its gold answer; None where the reward does not apply."""
@@ -72,8 +89,8 @@ class GoldReward(ABC):
 class NumericAnswer(GoldReward):
     """1 if the last number of the completion equals the last number of the gold answer, else 0.
 
-    Knows signs, decimals, exponents and thousands separators (1,234.5); compares decimals exactly. GSM8K's
-    `#### 72` needs nothing special. A fraction counts as two numbers: use `MathVerify` for those. A gold
+    Knows signs, decimals, powers of ten and digit separators (`numbers.last_number`); compares decimals exactly.
+    GSM8K's `#### 72` needs nothing special. A fraction counts as two numbers: use `MathVerify` for those. A gold
     answer without any number is not applicable.
 
     Attributes:
@@ -89,7 +106,13 @@ class NumericAnswer(GoldReward):
 
     def score(self, text: str, gold: Any) -> float | None:
         """Compare the last numbers."""
-        expected, found = _last_number(str(gold)), _last_number(text)
+        golds = self.golds(gold)
+        if len(golds) > 1:
+            raise ValueError(
+                f"NumericAnswer compares one number, but the column {self.column!r} holds {len(golds)}: {gold!r:.60}. "
+                "Use MathVerify for several"
+            )
+        expected, found = last_number(golds[0]) if golds else None, last_number(text)
         if expected is None or found is None:
             return None if expected is None else 0.0
         # == first: it is exact, while a difference is rounded to 28 digits.
@@ -97,7 +120,7 @@ class NumericAnswer(GoldReward):
 
     def answer_of(self, text: str) -> Decimal | None:
         """Return the last number, for majority votes; the tolerance plays no part there."""
-        return _last_number(text)
+        return last_number(text)
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class AnyOf(GoldReward):
 
     def score(self, text: str, gold: Any) -> float | None:
         """Look for any of the gold answers."""
-        golds = [gold] if isinstance(gold, str) else [str(one) for one in gold]
+        golds = self.golds(gold)
         return float(any(self._matches(text, one) for one in golds)) if golds else None
 
     def answer_of(self, text: str) -> str | None:
@@ -139,35 +162,46 @@ class AnyOf(GoldReward):
 
 @dataclass(frozen=True)
 class MathVerify(GoldReward):
-    """1 if math-verify finds the completion's answer mathematically equal to the gold one, else 0.
+    r"""1 if math-verify finds the completion's answer mathematically equal to the gold one, else 0.
 
-    A gold answer that math-verify cannot parse is not applicable, as in TRL's `accuracy_reward`. Of a text
-    with GSM8K's `####` the part after the last one counts. Needs the extra `math`.
+    A gold answer is read as a whole: LaTeX with or without dollar signs (`5\sqrt{7}`, `(2,5]`, `x=3`, `3, 8`), a
+    number with its unit, words in `\text{}`, or the letter of a choice (A to J). Of a text with `\boxed` the last box
+    counts, also in completions; of one with GSM8K's `####` the part after the last; of one with formulas in dollars
+    the last formula; of one with "answer is" what follows. Any other gold, prose for example, is not applicable. A
+    list holds what belongs together, in any order. Needs the extra `math`.
+
+    Deviates from TRL's `accuracy_reward`, to which a bare `5\sqrt{7}` is 5, and from math-verify in that letters
+    after a number are variables, not units, unless a space or `\text{}` sets them apart.
 
     Attributes:
-        column: The data column with the gold answer, LaTeX or plain.
+        column: The data column with the gold answer: a text, a number, or a list of them.
         timeout: Seconds for each parse and comparison, after which it fails: 0. Only in the main thread,
             since math-verify uses signal.alarm; elsewhere, so with `Scoring.timeout`, it does not apply.
+        any_of: Whether a list holds alternatives, of which each is right by itself.
     """
 
     column: str = "answer"
     timeout: int = 5
+    any_of: bool = False
 
     def __post_init__(self) -> None:
         check_whole("timeout", self.timeout, most=1_000_000, hint="It is in seconds.")
 
     def score(self, text: str, gold: Any) -> float | None:
         """Compare the parsed answers."""
-        try:
-            import math_verify
-        except ImportError as error:
-            raise ImportError("MathVerify needs math-verify: pip install 'lightning-quiver[math]'") from error
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError("MathVerify needs math-verify: pip install 'lightning-quiver[math]'")
         seconds = self.timeout if threading.current_thread() is threading.main_thread() else None
-        expected = math_verify.parse(str(gold).rsplit("####", 1)[-1], parsing_timeout=seconds)
-        if not expected:
+        sources = [one.rsplit("####", 1)[-1] for one in self.golds(_unquoted(gold))]
+        golds = [gold_answer(one, seconds) for one in sources]
+        if not self.any_of and golds:
+            joined = joined_golds(golds, sources, seconds)
+            golds = [] if joined is None else [joined]
+        known = [one for one in golds if one.is_known]
+        if not known:
             return None
-        found = math_verify.parse(text.rsplit("####", 1)[-1], parsing_timeout=seconds)
-        return float(math_verify.verify(expected, found, timeout_seconds=seconds))
+        text = text.rsplit("####", 1)[-1]
+        return float(any(is_equal(one, text, seconds) for one in known))
 
 
 @dataclass(frozen=True)
@@ -283,9 +317,14 @@ def _column(reward: object, name: str, columns: Mapping[str, Any]) -> Sequence[A
     return column
 
 
-def _last_number(text: str) -> Decimal | None:
-    numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return Decimal(numbers[-1].replace(",", "").replace("$", "")) if numbers else None
+def _unquoted(gold: Any) -> Any:
+    """The list that a text such as `["3", "8"]` is; without quotes it may be an interval, and stays text."""
+    if not (isinstance(gold, str) and re.fullmatch(r"\s*\[\s*([\"']).*\1\s*\]\s*", gold, re.DOTALL)):
+        return gold
+    try:
+        return ast.literal_eval(gold.strip())
+    except (ValueError, SyntaxError):
+        return gold
 
 
 @functools.cache

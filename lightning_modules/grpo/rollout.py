@@ -73,11 +73,15 @@ class Rollout:
         Raises:
             ValueError: If there is not one value per row.
         """
+        if not hasattr(values, "__len__"):
+            raise ValueError(
+                f"log_extra({name!r}) got {values!r:.60}, which is no list. Give one value per row."
+            )
         if len(values) != len(self):
             raise ValueError(
                 f"log_extra({name!r}) got {len(values)} values for {len(self)} rows. Give one each."
             )
-        self.extra[name] = list(values)
+        self.extra[str(name)] = list(values)
 
     def completions_for_rewards(self) -> list[Prompt]:
         """Return completions in the form of their prompts: strings, or one assistant message each."""

@@ -5,36 +5,39 @@ Shapes: B rows, K reward functions.
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import inspect
 import math
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, TypeVar
+from decimal import Decimal
+from numbers import Rational, Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from datamodules.batches import Prompt
+from lightning_modules.grpo.reward_calls import (
+    ExitError,
+    LateError,
+    in_thread,
+    is_async,
+    own_copies,
+    run_async,
+)
 from lightning_modules.grpo.rewards import Completion, RewardFunction
-from lightning_modules.ranges import check_number, check_numbers, check_seconds
+from lightning_modules.ranges import check_number, check_numbers, check_seconds, check_whole
 
 # TRL keeps these columns of the data from reward functions; the plural forms are the ones they get.
 _WITHHELD = ("prompt", "completion", "completion_ids")
 
-# Seconds beyond the time-out for an event loop to report which coroutines are late.
-_GRACE = 0.5
-
-_T = TypeVar("_T")
+# Beyond it the squares that a standard deviation sums up would overflow float32.
+LARGEST_REWARD = 1e18
 
 
 class RewardError(ValueError):
-    """A reward function failed, hung, or returned something that is not one number per row."""
+    """A reward function failed, hung, or returned something that is not one usable number per row."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Scoring:
         success: Smallest reward of the first function that counts as a success.
         answer: Finds the answer in a completion, by which majority votes of validation are counted; None asks the
             first reward function (its `answer_of`), else takes the whole text.
+        patience: Steps in a row without a reward for any completion after which training stops.
     """
 
     weights: list[float] | None = None
@@ -55,11 +59,13 @@ class Scoring:
     nan: Literal["error", "ignore"] = "error"
     success: float = 1.0
     answer: Callable[[str], Any] | None = None
+    patience: int = 10
 
     def __post_init__(self) -> None:
         check_numbers("scoring.weights", self.weights, none=True)
         check_seconds("scoring.timeout", self.timeout, none=True, hint="null is no limit.")
         check_number("scoring.success", self.success)
+        check_whole("scoring.patience", self.patience)
         if self.nan not in ("error", "ignore"):
             raise ValueError(f"nan={self.nan!r} is unknown: use error or ignore")
 
@@ -100,7 +106,7 @@ def weighted_total(rewards_BK: Tensor, weights: Sequence[float] | None = None) -
         float32 (B), NaN where no function applies.
 
     Raises:
-        ValueError: If there are not K weights.
+        ValueError: If there are not K weights, or a sum is too large for float32.
 
     >>> weighted_total(torch.tensor([[1.0, torch.nan], [1.0, 1.0], [torch.nan, torch.nan]]), [1.0, 0.5])
     tensor([1.0000, 1.5000,    nan])
@@ -109,7 +115,13 @@ def weighted_total(rewards_BK: Tensor, weights: Sequence[float] | None = None) -
     weights_K = (
         rewards_BK.new_ones(rewards_BK.shape[1]) if weights is None else rewards_BK.new_tensor(weights)
     )
-    return (rewards_BK * weights_K).nansum(1).masked_fill(rewards_BK.isnan().all(1), torch.nan)
+    total_B = (rewards_BK * weights_K).nansum(1).masked_fill(rewards_BK.isnan().all(1), torch.nan)
+    if large := (total_B.abs() > LARGEST_REWARD).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"The weighted sum of the rewards is {float(total_B[large[0]]):g} at row {large[0]}, too large for "
+            f"float32 (beyond {LARGEST_REWARD:g}): lower scoring.weights or the rewards"
+        )
+    return total_B
 
 
 def score_completions(
@@ -123,6 +135,8 @@ def score_completions(
     **extra: Any,
 ) -> Tensor:
     """Run every reward function on every completion.
+
+    Each function gets copies of its own: what it changes in them reaches neither the others nor training.
 
     Without a time-out plain functions run in the calling thread, one after the other. With one each runs in a
     daemon thread: Python cannot stop a thread, but a hung one does not keep the interpreter from exiting.
@@ -151,27 +165,24 @@ def score_completions(
     rows = list(zip(prompts, completions, strict=True))
     arguments = {name: column for name, column in columns.items() if name not in _WITHHELD}
     arguments |= extra | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    calls = [functools.partial(function, **arguments) for function in functions]
+    per_row = [*columns, "prompts", "completions", "completion_ids"]
+    calls = [functools.partial(function, **own_copies(arguments, per_row)) for function in functions]
     names = reward_names(functions)
 
     rewards_KB: dict[int, list[float]] = {}
     for k, call in enumerate(calls):
-        if not _is_async(functions[k]):
+        if not is_async(functions[k]):
             with _blame(names[k], scoring, rows):
-                returned = call() if scoring.timeout is None else _in_thread(call, scoring.timeout)
+                returned = call() if scoring.timeout is None else in_thread(call, scoring.timeout)
             rewards_KB[k] = _numbers(returned, names[k], scoring, rows)
-    tasks = _run_async({k: call for k, call in enumerate(calls) if k not in rewards_KB}, scoring.timeout)
+    tasks = run_async({k: call for k, call in enumerate(calls) if k not in rewards_KB}, scoring.timeout)
     for k, task in tasks.items():
         with _blame(names[k], scoring, rows):
             if task is None or task.cancelled():
-                raise _LateError
+                raise LateError
             returned = task.result()
         rewards_KB[k] = _numbers(returned, names[k], scoring, rows)
     return torch.tensor([rewards_KB[k] for k in range(len(calls))], dtype=torch.float32).T.contiguous()
-
-
-class _LateError(Exception):
-    """A reward function did not return in time."""
 
 
 @contextmanager
@@ -179,56 +190,17 @@ def _blame(name: str, scoring: Scoring, rows: list[tuple[Prompt, Completion]]) -
     """Turn what goes wrong inside a reward function into an error that names it."""
     try:
         yield
-    except _LateError:
+    except LateError:
         raise RewardError(
             f"reward function {name!r} did not return within scoring.timeout={scoring.timeout} s for "
             f"{len(rows)} rows: raise the timeout, or look for the call that hangs"
         ) from None
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit(0) would end the run as if it had succeeded
         first = f"; first row: {_shown(rows[0])}" if rows else ""
-        raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {error}{first}"
-        ) from error
-
-
-def _in_thread(call: Callable[[], _T], timeout: float | None) -> _T:
-    """Run a call in a daemon thread and return its result or raise its exception; late: `_LateError`."""
-    future: Future[_T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # handed to the caller, who raises it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    # Not future.result(timeout): its TimeoutError would look like one of the function's own.
-    if not wait([future], timeout).done:
-        raise _LateError
-    return future.result()
-
-
-def _run_async(
-    calls: Mapping[int, Callable[[], Any]], timeout: float | None
-) -> dict[int, asyncio.Task[Any] | None]:
-    """Await all calls concurrently; return their finished tasks, None for those that are late."""
-    tasks: dict[int, asyncio.Task[Any] | None] = dict.fromkeys(calls)
-
-    async def awaited(call: Callable[[], Any]) -> Any:
-        return await call()
-
-    async def run() -> None:
-        running = [asyncio.ensure_future(awaited(call)) for call in calls.values()]
-        for k, task in zip(calls, running, strict=True):
-            task.add_done_callback(functools.partial(tasks.__setitem__, k))
-        # What is left over is cancelled by asyncio.run.
-        await asyncio.wait(running, timeout=timeout)
-
-    if calls:
-        # A coroutine that blocks the loop or ignores its cancellation is late too.
-        with suppress(_LateError):
-            _in_thread(lambda: asyncio.run(run()), None if timeout is None else timeout + _GRACE)
-    return dict(tasks)
+        what = str(error) if isinstance(error, ExitError) else f"{type(error).__name__}: {error}"
+        raise RewardError(f"reward function {name!r} raised {what}{first}") from error
 
 
 def _numbers(
@@ -249,14 +221,17 @@ def _numbers(
         )
     numbers = []
     for i, value in enumerate(returned):
-        if isinstance(value, Tensor) and value.ndim == 0:
-            value = value.item()
-        if value is not None and not isinstance(value, Real):
+        number = math.nan if value is None else as_number(value)
+        if number is None:
             raise RewardError(
                 f"reward function {name!r} returned {_short(value)} of type {type(value).__name__} for row "
                 f"{i}: expected a number, or None for 'not applicable'"
             )
-        number = math.nan if value is None else float(value)
+        if abs(number) > LARGEST_REWARD and (math.isfinite(number) or isinstance(value, Rational)):
+            raise RewardError(
+                f"reward function {name!r} returned {_short(value)} for row {i} ({_shown(rows[i])}): rewards beyond "
+                f"{LARGEST_REWARD:g} are too large for float32; scale them down"
+            )
         if value is not None and not math.isfinite(number):
             if scoring.nan == "error":
                 raise RewardError(
@@ -268,6 +243,26 @@ def _numbers(
     return numbers
 
 
+def as_number(value: Any) -> float | None:
+    """Return a number of Python, numpy or torch as a float, booleans as 0 or 1; None for anything else.
+
+    A whole number beyond float64 becomes infinite.
+
+    >>> as_number(True), as_number(torch.tensor(2)), as_number("3")
+    (1.0, 2.0, None)
+    """
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        value = value.item()
+    if not isinstance(value, Real | Decimal):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, 1 if value > 0 else -1)  # type: ignore[operator]
+    except ValueError:  # a signalling NaN
+        return math.nan
+
+
 def _check_weights(weights: Sequence[float] | None, num_functions: int) -> None:
     if weights is not None and len(weights) != num_functions:
         raise ValueError(
@@ -275,17 +270,13 @@ def _check_weights(weights: Sequence[float] | None, num_functions: int) -> None:
         )
 
 
-def _is_async(function: RewardFunction) -> bool:
-    while isinstance(function, functools.partial):
-        function = function.func
-    # A callable object carries the `async` on its class's __call__.
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
 def _shown(row: tuple[Prompt, Completion]) -> str:
     return f"prompt {_short(row[0])}, completion {_short(row[1])}"
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number with more digits than Python prints
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:70]}...{text[-27:]}"

@@ -21,6 +21,7 @@ from lightning_modules.grpo.metrics import add_rollout_means, with_correlation
 from lightning_modules.grpo.resampling import Pool, Resampling, shares
 from lightning_modules.grpo.reward_watch import RewardWatch
 from lightning_modules.grpo.rollout import Rollout, Scores
+from lightning_modules.grpo.scoring import Scoring
 from lightning_modules.grpo.updates import PolicyUpdates, filler_of
 from lightning_modules.metrics import Clock, Means
 
@@ -38,6 +39,7 @@ class RolloutSteps(PolicyUpdates):
         num_generations: G.
         advantage: How rewards become advantages.
         resampling: How dead groups are replaced; None not at all.
+        scoring: How rewards are combined, and how long training goes on without any.
         watch: Looks at the rewards.
         num_tokens: Tokens drawn so far, over all ranks.
         skipped_steps: Steps that had nothing to learn from.
@@ -49,6 +51,7 @@ class RolloutSteps(PolicyUpdates):
     num_generations: int
     advantage: Advantage
     resampling: Resampling | None
+    scoring: Scoring
     watch: RewardWatch
 
     def __init__(self, **kwargs: Any) -> None:
@@ -126,7 +129,7 @@ class RolloutSteps(PolicyUpdates):
         self.draws += 1
         with self._clock("score"):
             scores = self.score(rollout)
-            self.watch.observe(scores, rollout.group_size)
+            self._watch(scores, rollout.group_size)
         if self.kl.coef and self.kl.in_reward:
             with self._clock("reference"):
                 scores = self._penalised(scores, rollout)
@@ -140,6 +143,14 @@ class RolloutSteps(PolicyUpdates):
         add_rollout_means(self._means, rollout, scores, advantages_B)
         groups = groups_of(rollout, advantages_B, self.global_step)
         return {"rollout": rollout, "scores": scores, "advantages": advantages_B}, groups
+
+    def _watch(self, scores: Scores, group_size: int) -> None:
+        """Look for rewards that cannot teach, and for those that are not there; a collective."""
+        applies_K = (~scores.by_function.isnan()).sum(0)
+        counts = torch.cat([applies_K, applies_K.new_tensor([len(scores.total)])])
+        *applied, completions = all_sum(self.trainer.strategy, counts).tolist()
+        self.missing.observe(scores.names, applied, completions, self.scoring.patience)
+        self.watch.observe(scores, group_size)
 
     def _penalised(self, scores: Scores, rollout: Rollout) -> Scores:
         """Subtract the completions' KL estimates from their rewards; a collective under sharding."""
@@ -190,6 +201,12 @@ class RolloutSteps(PolicyUpdates):
         # Logged a second time without the prefix only for the progress bar.
         self.log("reward", values["reward"], prog_bar=True, logger=False, batch_size=1)
         self._clock, self._means, self._live_rollouts = Clock(), Means(), 0
+
+    def on_fit_end(self) -> None:
+        """Repeat, as the last words of a run, which rewards never came."""
+        super().on_fit_end()
+        if summary := self.missing.summary():
+            self.print(summary)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -13,8 +13,11 @@ from datamodules.batches import TextBatch
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import gathered
 from lightning_modules.grpo.evaluation import PromptRecord, success_at_k, summarise
+from lightning_modules.grpo.metrics import no_reward
+from lightning_modules.grpo.missing_rewards import MissingRewards
 from lightning_modules.grpo.rewards import RewardFunction
 from lightning_modules.grpo.rollout import Rollout, Scores
+from lightning_modules.grpo.scoring import reward_names
 from lightning_modules.sampling import Sampling
 from lightning_modules.text import prediction_rows
 
@@ -30,7 +33,8 @@ class AnswerOf(Protocol):
 class RolloutEvaluation(CausalLMModule):
     """Validates and tests by completions: a subclass draws and scores them.
 
-    Logs under `val/` or `test/`, with k = `num_val_generations`: `reward`, `completion_length` (tokens),
+    Logs under `val/` or `test/`, with k = `num_val_generations`: `reward`, `no_reward` (share of completions without
+    one; where there are several reward functions also for each), `completion_length` (tokens),
     `truncated` (share that the length limit ended), `mean@k` (share of successes), and for k > 1 the unbiased
     `pass@j` for the powers of two 1 < j < k, `pass@k`, and `maj@k`, the success of the most frequent answer.
     `mean@k`, `pass@k` and `maj@k` have a 95% interval, `<metric>/low` to `<metric>/high`.
@@ -47,12 +51,17 @@ class RolloutEvaluation(CausalLMModule):
         answer: Finds the answer of a completion, by which `maj@k` counts; None where there is none. By default
             the first reward function's `answer_of`, and without such a method the text without white space
             around it.
+        missing: Counts the completions that no reward function judged.
     """
 
     num_val_generations: int
     val_sampling: Sampling
     reward_functions: Sequence[RewardFunction]
     answer: Callable[[str], Hashable | None] | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.missing = MissingRewards()
 
     def rollout(self, batch: TextBatch, num_generations: int, sampling: Sampling) -> Rollout:
         """Draw completions, those of a prompt next to each other. A subclass defines this."""
@@ -87,6 +96,7 @@ class RolloutEvaluation(CausalLMModule):
         k = rollout.group_size
         answer_of = self._answer_of()
         columns_Q = {
+            **{name: missing_B.view(-1, k).mean(1).tolist() for name, missing_B in no_reward(scores).items()},
             "reward": scores.total.float().view(-1, k).nanmean(1).tolist(),
             "completion_length": rollout.lengths.float().view(-1, k).mean(1).tolist(),
             "truncated": rollout.truncated.float().view(-1, k).mean(1).tolist(),
@@ -120,6 +130,12 @@ class RolloutEvaluation(CausalLMModule):
         summary = summarise(records.values(), with_interval=(f"mean@{k}", f"pass@{k}", f"maj@{k}"))
         for name, value in summary.items():
             self.log(f"{stage}/{name}", value)
+        shares = {
+            name.removeprefix("no_reward/"): share
+            for name, share in summary.items()
+            if name.startswith("no_reward/")
+        } or {name: summary.get("no_reward", 1.0) for name in reward_names(self.reward_functions)}
+        self.missing.evaluated(stage, shares, len(records))
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return `uid`, `prompt` and one `completion` per row."""

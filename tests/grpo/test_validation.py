@@ -50,6 +50,7 @@ def expected_of(uids, k, answer=strip) -> dict[str, float]:
         add("completion_length", sum(lengths) / k)
         add("truncated", sum(length >= 3 for length in lengths) / k)
         applies = [s for s in success_of(uid, k) if not math.isnan(s)]
+        add("no_reward", 1 - len(applies) / k)
         if not applies:
             continue
         add("reward", fmean(3 * s - 1 for s in applies))
@@ -85,7 +86,7 @@ def validate(model, batches, task_of=lambda uid: "default", **arguments):
 def test_one_task(tiny_model, k):
     found = validate(tiny_model, [range(5), range(5, 12)], num_val_generations=k)
     assert found == under("val", expected_of(range(12), k))
-    assert len(found) == {1: 6, 2: 12, 4: 13, 5: 14}[k]
+    assert len(found) == {1: 7, 2: 13, 4: 14, 5: 15}[k]
     if k == 4:
         assert 0 < found["val/mean@4"] < found["val/pass@2"] < found["val/pass@4"] < 1
         assert 0 < found["val/maj@4/low"] < found["val/maj@4"] < found["val/maj@4/high"] < 1
@@ -103,7 +104,8 @@ def test_each_of_several_tasks(tiny_model):
 
 def test_rows_without_reward_have_lengths_only(tiny_model):
     found = validate(tiny_model, [[4, 9]])
-    assert found.keys() == {"val/completion_length", "val/truncated"}
+    assert found.keys() == {"val/completion_length", "val/truncated", "val/no_reward"}
+    assert found["val/no_reward"] == 1
     # One completion of uid 6 cannot be judged: its mean is over the others, and nothing can be drawn from four.
     assert found.keys() < validate(tiny_model, [[6]]).keys()
     assert validate(tiny_model, [[6]]) == under("val", expected_of([6], 4))
@@ -126,7 +128,7 @@ def test_the_test_set_logs_under_test_and_each_run_starts_anew(tiny_model):
     assert again == under("val", expected_of([1, 2, 3], 4))
 
 
-METRICS = ("reward", "completion_length", "truncated", "mean@4", "pass@2", "pass@4", "maj@4")
+METRICS = ("reward", "no_reward", "completion_length", "truncated", "mean@4", "pass@2", "pass@4", "maj@4")
 
 
 class Coarse:

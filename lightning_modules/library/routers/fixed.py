@@ -21,8 +21,11 @@ from lightning_modules.library.routers.base import Router
 class UniformRouter(Router):
     """All experts with weight 1 / E: "mu" (arXiv 2405.11157) and MHR-mu (arXiv 2211.03831) with factor mixing.
 
-    With one expert it is that expert: the adapter that all tasks share.
+    With output mixing it averages the changes B A, of which several experts are warned. With one expert it is that
+    expert: the adapter that all tasks share.
     """
+
+    mixes_factors = True
 
     def forward(self, x: Tensor, rows: None) -> Routing:
         """Return equal weights (E)."""

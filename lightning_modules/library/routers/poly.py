@@ -24,7 +24,7 @@ class PolyRouter(Router):
 
     Each layer has logits Z (T, H, K) that start in U(-1e-3, 1e-3). A task's weights are sigmoid(Z) divided by
     their sum over skills. A head weighs one of H equal parts of a layer's inputs (in A) and outputs (in B). Both
-    papers mix factors: use it with `mixing: factor_mixing`.
+    papers mix factors: use it with `mixing: factor_mixing`; another mixing is warned of.
 
     Args:
         tasks: The tasks that it learns weights for; None takes those of the training data.
@@ -38,6 +38,8 @@ class PolyRouter(Router):
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    mixes_factors = True
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class PolyRouter(Router):
 
     def forward(self, x: Tensor, rows: Tensor) -> Routing:
         """Return the weights of the skills: (B, K), or (B, H, K) with several heads."""
-        logits = self.get_parameter("logits")[rows.to(x.device)]
+        logits = self.get_parameter("logits")[rows.to(x.device)].float()
         if self.training and self.relaxed:
             raw = RelaxedBernoulli(logits.new_tensor(1.0), logits=logits).rsample()
         else:

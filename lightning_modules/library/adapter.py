@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ class RoutedAdapter(Adapter):
             parent, _, child = layer.rpartition(".")
             setattr(model.get_submodule(parent), child, routed)
             self.layers[layer] = routed
+        weights = {name.removesuffix(".weight"): own for name, own in self._fingerprints.items()}
+        self.stacked = replace(self.stacked, fingerprints=weights)
         follow_generate(model)
         self._warn_of_mixing()
         if missing := missing_descriptions(self.router, self.stacked):

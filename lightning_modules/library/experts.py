@@ -24,6 +24,7 @@ class Experts:
         library: Where they come from; None for new ones.
         data_tasks: The tasks of the training data, where they are known.
         settings: What was done to them after loading. A change makes cached arrays invalid.
+        fingerprints: Hash of the base weight of each layer, where weights are there to be read.
     """
 
     names: tuple[str, ...]
@@ -32,6 +33,12 @@ class Experts:
     library: AdapterLibrary | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     data_tasks: tuple[str, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def changed_by(self, name: str) -> list[str]:
+        """Return the layers that an expert changes."""
+        number = self.names.index(name)
+        return [layer for layer, stack in self.layers.items() if bool(stack.present[number])]
 
     def described(
         self, kind: str, settings: Mapping[str, Any], compute: Callable[[ExpertStack], Tensor]

@@ -143,7 +143,9 @@ def _expand(model: Any, *arguments: Any, **options: Any) -> Any:
 
 def _routed(model: nn.Module) -> Any:
     """Return one of the routed layers of a model."""
-    return next(module for module in model.modules() if isinstance(getattr(module, "state", None), RoutingState))
+    return next(
+        module for module in model.modules() if isinstance(getattr(module, "state", None), RoutingState)
+    )
 
 
 def _moved(rows: Any, device: torch.device) -> Any:

@@ -29,6 +29,7 @@ class Router(nn.Module, ABC):
         kind: Name of the arrays that `describe` makes.
         needs_library: Whether it makes sense for trained experts alone.
         one_expert_per_row: Whether each row goes to one expert alone, whose loss and gradient then are its own.
+        describes_inputs: Whether what `describe` makes depends on the base model, not on texts alone.
         mixes_factors: Whether its papers mix experts' factors, not their outputs.
         reads_rows: Whether rows make a difference, so that `encode` sees them before each forward pass.
     """
@@ -37,6 +38,7 @@ class Router(nn.Module, ABC):
     kind: str = ""
     one_expert_per_row: bool = False
     needs_library: bool = False
+    describes_inputs: bool = False
     mixes_factors: bool = False
 
     def __init__(self) -> None:
@@ -148,9 +150,14 @@ def kept_arrays(router: Router, experts: Experts, name: str) -> dict[str, Tensor
         name: Of the expert.
     """
     assert experts.library is not None
-    arrays = experts.library.find_arrays(name, router.kind, router.description_settings())
-    number = experts.names.index(name)
-    widths = {
-        layer: stack.in_features for layer, stack in experts.layers.items() if bool(stack.present[number])
-    }
+    arrays = experts.library.find_arrays(name, router.kind, kept_settings(router, experts, name))
+    widths = {layer: experts.layers[layer].in_features for layer in experts.changed_by(name)}
     return arrays if arrays is not None and router.covers(arrays, widths) else None
+
+
+def kept_settings(router: Router, experts: Experts, name: str) -> dict[str, Any]:
+    """Return what the kept arrays of an expert depend on besides the expert."""
+    settings = router.description_settings()
+    if router.describes_inputs:
+        settings["base"] = {layer: experts.fingerprints.get(layer) for layer in experts.changed_by(name)}
+    return settings

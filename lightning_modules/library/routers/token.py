@@ -191,6 +191,7 @@ class CentroidRouter(TokenRouter):
     """
 
     kind = "centroid"
+    describes_inputs = True
 
     def __init__(
         self,
@@ -289,7 +290,9 @@ def layer_arrays(router: Router, experts: Experts) -> dict[str, Tensor]:
     """
     found = arrays_of_experts(router, experts)
     return {
-        layer: torch.stack([arrays.get(layer, torch.zeros(stack.in_features, device="cpu")) for arrays in found])
+        layer: torch.stack(
+            [arrays.get(layer, torch.zeros(stack.in_features, device="cpu")) for arrays in found]
+        )
         for layer, stack in experts.layers.items()
     }
 

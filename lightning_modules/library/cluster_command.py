@@ -22,6 +22,7 @@ from lightning_modules.library.clustering import (
 )
 from lightning_modules.library.store import AdapterLibrary
 from lightning_modules.merging.reading import read_object
+from lightning_modules.naming import natural
 
 
 def cluster_library(
@@ -55,7 +56,7 @@ def cluster_library(
         ValueError: If the library is empty, an expert is no LoRA, or there are fewer experts than clusters.
     """
     store = AdapterLibrary(library)
-    names = sorted(store)
+    names = sorted(store, key=natural)
     if not names:
         raise ValueError(f"The library {library} is empty. Add adapters: quiver library add.")
     if sparse := [name for name in names if store[name].kind != "lora"]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datamodules.batches import Prompt
 from lightning_modules.library.mixing import Routing
 
 
@@ -35,7 +34,7 @@ class RoutingState:
 
     rows: Any = None
     tasks: tuple[str, ...] = ()
-    prompts: tuple[Prompt, ...] = ()
+    prompts: tuple[Any, ...] = ()
     count: int | None = None
     alike: bool = False
     enabled: bool = True
@@ -44,7 +43,7 @@ class RoutingState:
         self,
         router: nn.Module,
         tasks: Sequence[str],
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Any],
         device: torch.device,
         *,
         alike: bool = False,
@@ -113,8 +112,7 @@ def follow_generate(model: nn.Module) -> None:
         model: A transformers model with routed layers. Without `generate` it is left alone.
     """
     if hasattr(model, _EXPAND):
-        model.generate = MethodType(_generate, model)
-        setattr(model, _EXPAND, MethodType(_expand, model))
+        vars(model).update(generate=MethodType(_generate, model), **{_EXPAND: MethodType(_expand, model)})
 
 
 _EXPAND = "_expand_inputs_for_generation"
@@ -130,9 +128,8 @@ def _expand(model: Any, *arguments: Any, **options: Any) -> Any:
     layer = _routed(model)
     state: RoutingState = layer.state
     if times > 1 and state.count is not None and not state.alike:
-        tasks, prompts = (
-            [one for one in part for _ in range(times)] for part in (state.tasks, state.prompts)
-        )
+        tasks = [task for task in state.tasks for _ in range(times)]
+        prompts = [prompt for prompt in state.prompts for _ in range(times)]
         state.hear(layer.router, tasks, prompts, layer.base_layer.weight.device)
     own = vars(model).pop(_EXPAND)
     try:

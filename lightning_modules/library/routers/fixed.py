@@ -16,6 +16,7 @@ from datamodules.batches import Prompt
 from lightning_modules.library.experts import Experts
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
+from lightning_modules.naming import natural
 
 
 class UniformRouter(Router):
@@ -55,7 +56,7 @@ class WeightsRouter(Router):
         """
         super().prepare(experts)
         weights = self._found(experts) if self.weights is None else self.weights
-        if unknown := sorted(weights.keys() - set(experts.names)):
+        if unknown := sorted(weights.keys() - set(experts.names), key=natural):
             raise ValueError(
                 f"weights: there is no expert {unknown[0]!r}. There are {', '.join(experts.names)}."
             )
@@ -153,7 +154,11 @@ def expert_of_task(names: Sequence[str], tasks: Mapping[str, Sequence[str]]) -> 
 def unknown_task(task: str, known: Mapping[str, int]) -> ValueError:
     """Say that a router does not know a task."""
     close = get_close_matches(task, known, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else f"It knows {', '.join(sorted(known)) or 'no task'}."
+    hint = (
+        f"Did you mean {close[0]!r}?"
+        if close
+        else f"It knows {', '.join(sorted(known, key=natural)) or 'no task'}."
+    )
     return ValueError(
         f"The router does not know the task {task!r}. {hint} Take a router that reads the input (ArrowRouter), or "
         "UniformRouter, for tasks without an expert."

@@ -31,7 +31,8 @@ class PolyRouter(Router):
         num_heads: H; must divide the widths of all layers.
         relaxed: Draw the weights of a training step from a relaxed Bernoulli distribution of temperature 1, as
             Polytropon's paper does and the published settings of its code do not.
-        anneal_from: Step at which the weights start to turn uniform, for use on unknown tasks.
+        anneal_from: Step at which the weights start to turn uniform, for use on unknown tasks (MHR-mu without further
+            training); what tasks have learned apart is then gone. None, the default, keeps each task's weights.
         anneal_until: Step at which they are uniform. In between they are a alpha + (1 - a) / K with
             a = cos(progress pi / 2), as in the code of MHR. None never.
 

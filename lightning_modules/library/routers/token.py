@@ -98,7 +98,8 @@ class TokenRouter(Router):
             best: The best score of each token (B, S, 1).
             x: Inputs of the layer, float32 (B, S, in).
         """
-        return best / x.norm(dim=-1, keepdim=True)
+        relative: Tensor = best / x.norm(dim=-1, keepdim=True)
+        return relative
 
     def forward(self, x: Tensor, rows: None) -> Routing:
         """Return the best experts of each token (B, S, k), their weights summing to 1 or, abstaining, to 0."""
@@ -119,7 +120,7 @@ class TokenRouter(Router):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenRouter:
         """Move to another device, but keep the arrays in float32 when the model turns to another type."""
         before = self._buffers.get("table")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before is not None and (after := self.own).dtype != before.dtype:
             self._buffers["table"] = before.to(after.device)
         return self
@@ -221,7 +222,8 @@ class CentroidRouter(TokenRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """Return the cosine of x and c (B, S, E)."""
-        return (x @ self.own.T) / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        cosines: Tensor = (x @ self.own.T) / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return cosines
 
     def confidence(self, best: Tensor, x: Tensor) -> Tensor:
         """Return the best cosine."""

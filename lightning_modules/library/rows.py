@@ -127,6 +127,8 @@ def _expand(model: Any, *arguments: Any, **options: Any) -> Any:
     times = options.get("expand_size", 1)
     layer = _routed(model)
     state: RoutingState = layer.state
+    if options.get("input_ids") is not None:
+        state.rows_of(layer.router, len(options["input_ids"]))
     if times > 1 and state.count is not None and not state.alike:
         tasks = [task for task in state.tasks for _ in range(times)]
         prompts = [prompt for prompt in state.prompts for _ in range(times)]

@@ -15,6 +15,7 @@ import lightning_modules
 from lightning_modules.library.lorahub import LoraHubModule
 
 ROOTS = (lightning.LightningModule, lightning.Callback, lightning.LightningDataModule)
+ON_PURPOSE = ["SaveConfig.setup overrides SaveConfigCallback's"]  # which writes before the run has started
 HOOK = re.compile(r"(on_\w+|setup|teardown|configure_model|state_dict|load_state_dict)$")
 
 
@@ -44,7 +45,7 @@ def test_every_override_calls_its_parent():
     found = list(classes())
     assert LoraHubModule in found
     assert len(found) > 15
-    assert [line for cls in found for line in lacking(cls)] == []
+    assert [line for cls in found for line in lacking(cls)] == ON_PURPOSE
 
 
 def test_the_check_finds_what_is_missing():

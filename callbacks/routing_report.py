@@ -27,6 +27,7 @@ from lightning_modules.files import complete_file, set_aside
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.watch import dense_weights, own_tasks, token_sums
+from lightning_modules.naming import natural
 from lightning_modules.ranges import check_whole
 
 
@@ -48,8 +49,8 @@ class RoutingReport(lightning.Callback):
     Training logs them as `train/routing/...`, of one batch in `every_n_steps`. Loggers that write more often repeat
     the last value.
 
-    Each validation or test writes `routing.csv` to the run's folder, a row for each layer with the load of each
-    expert, and draws it as `routing.png`, in place of those of the run's last one; both go to W&B as the table
+    Each validation or test writes `routing.csv` to the run's folder, a row for each layer, in order, with the load of
+    each expert, and draws it as `routing.png`, in place of those of the run's last one; both go to W&B as the table
     `routing` and the image `routing_heat`.
 
     Args:
@@ -227,7 +228,8 @@ class _Watch:
         self._ends = torch.tensor(end_tokens(module), device=module.device)
         self._mask: Tensor | None = None
         width = 3 + len(self.experts) + 2 * len(self.owner)
-        self.sums = {name: torch.zeros(width, device=module.device) for name in self._adapter.layers}
+        layers = sorted(self._adapter.layers, key=natural)
+        self.sums = {name: torch.zeros(width, device=module.device) for name in layers}
         self._handles: list[RemovableHandle] = [
             module.model.register_forward_pre_hook(self._see_mask, with_kwargs=True)
         ]

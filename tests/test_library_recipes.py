@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY
 from transformers import AutoModelForCausalLM
 
@@ -116,8 +117,24 @@ def test_poly(quiver):
     assert len(AdapterLibrary(folder / "adapter")) == 8
 
 
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_recipes_keep_what_tasks_learn_apart_and_mix_as_their_papers(recipe):
+    """Turning uniform is asked for; mu, Polytropon, MHR and Arrow mix factors."""
+    settings = yaml.safe_load((REPOSITORY / "configs" / "library" / f"{recipe}.yaml").read_text())
+    arguments = settings["model"]["init_args"]
+    router = arguments.get("router", {"class_path": "WeightsRouter"})
+    assert not [name for name in router.get("init_args", {}) if name.startswith("anneal")]
+    alone = arguments.get("experts") == 1
+    if router["class_path"] in ("UniformRouter", "PolyRouter", "ArrowRouter") and not alone:
+        assert arguments["mixing"] == "lightning_modules.library.mixing.factor_mixing"
+
+
 def test_mhr_and_few_shot_adaptation(quiver):
     annealed = ["--model.router.anneal_from", "2", "--model.router.anneal_until", "5"]
+    kept = quiver("fit", "mhr", *TINY_MHR)
+    state = torch.load(kept / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    logits = torch.stack([one for name, one in state.items() if name.endswith("router.logits")])
+    assert float(logits.sigmoid().std(1).mean()) > 1e-3, "all tasks weigh the skills alike"
     skills = quiver("fit", "mhr", *TINY_MHR, *annealed) / "adapter"
     before = {name: AdapterLibrary(skills)[name].checksums for name in AdapterLibrary(skills)}
     quiver("fit", "mhr_z", *TINY_MHR, "--model.library", str(skills), "--data.tasks", "[more]")

@@ -1,15 +1,18 @@
-"""Do sampler and trainer mean the same policy? Compared once, before the first update of a process.
+"""Do sampler and trainer mean the same policy? Compared on fresh rows, before each rollout's first update is made.
 
-Shapes: b rows of a micro-batch, T completion tokens.
+The update's own forward passes are compared, so that this costs none. Shapes: b rows of a micro-batch, T completion
+tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lightning_modules.grpo.policy import Tokens
 from lightning_modules.sampling import Sampling
 
 
@@ -32,6 +35,35 @@ def sampler_gap(logprobs_bT: Tensor, sampler_logprobs_bT: Tensor, mask_bT: Tenso
     # Not a product: what stands elsewhere may be anything.
     gap_bT = torch.where(mask_bT.bool(), logprobs_bT - sampler_logprobs_bT, 0.0).abs()
     return torch.stack([gap_bT.sum(), mask_bT.sum()])
+
+
+class Audit:
+    """Adds up the gap over the micro-batches of an update, and has it judged with the last one, before any step.
+
+    Args:
+        micro_batches: How many there are.
+        judge: Takes the sum, nats, and the number of tokens of this rank (2).
+    """
+
+    def __init__(self, micro_batches: int, judge: Callable[[Tensor], None]) -> None:
+        self._left = micro_batches
+        self._judge = judge
+        self._gap: Tensor | float = 0.0
+
+    def see(self, tokens: Tokens) -> None:
+        """Add a micro-batch after its first forward pass.
+
+        Raises:
+            ValueError: By `judge`, with the last one.
+        """
+        if self._left:
+            # A trainer without numbers is another matter, of updates that are left out.
+            mask_bT = tokens.fresh_mask * ~tokens.old_logprobs.isnan()
+            self._gap = self._gap + sampler_gap(tokens.old_logprobs, tokens.sampler_logprobs, mask_bT)
+            self._left -= 1
+            if not self._left:
+                assert isinstance(self._gap, Tensor)
+                self._judge(self._gap)
 
 
 def check_gap(mean: float, limit: float, sampler: str) -> None:

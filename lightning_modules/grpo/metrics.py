@@ -142,12 +142,15 @@ def update_metric_names(*, kl: bool) -> list[str]:
 
 
 def add_update_means(means: Means, tokens: Tokens, policy_loss: PolicyLoss) -> None:
-    """Add entropy, clip shares, KL and what sampler and trainer differ by, each a mean over tokens."""
+    """Add entropy, clip shares, KL and what sampler and trainer differ by, each a mean over tokens.
+
+    The latter over rows of this step: of those that waited, the old policy is known by the sampler's account alone.
+    """
     logprobs_bT = tokens.logprobs.detach()
     low_bT, high_bT = policy_loss.clipped(logprobs_bT, tokens.old_logprobs, tokens.advantages, tokens.mask)
     means.add("entropy", tokens.entropy, tokens.mask)
     means.add("clip_low", low_bT.float(), tokens.mask)
     means.add("clip_high", high_bT.float(), tokens.mask)
-    means.add("sampler_gap", (tokens.old_logprobs - tokens.sampler_logprobs).abs(), tokens.mask)
+    means.add("sampler_gap", (tokens.old_logprobs - tokens.sampler_logprobs).abs(), tokens.fresh_mask)
     if tokens.ref_logprobs is not None:
         means.add("kl", kl_estimate(logprobs_bT, tokens.ref_logprobs, "k3"), tokens.mask)

@@ -94,9 +94,10 @@ class Objective:
         correction: Weights of the policy loss where sampler and trainer differ; None for none.
         off_policy_threshold: Leave out completions of negative advantage whose mean log-ratio of sampler to policy
             is above this, nats (DeepSeek-V3.2, arXiv 2512.02556, equation 9); None for none.
-        max_sampler_gap: Stop before the first update where sampler and trainer disagree by more than this on average,
-            nats per drawn token. Other kernels and bfloat16 make a few hundredths, another temperature or adapter
-            tenths. None does not look; nor is it looked where top_p and its like cut the sampler's distribution.
+        max_sampler_gap: Stop before an update where sampler and trainer disagree by more than this on average, nats per
+            token that was drawn in this step. Other kernels and bfloat16 make a few hundredths, another temperature or
+            adapter tenths. None does not look; nor is it looked where top_p and its like cut the sampler's
+            distribution.
     """
 
     over: Literal["tokens", "sequences", "constant"] = "tokens"

@@ -45,6 +45,11 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None
     policy_mask: Tensor | None = None
 
+    @property
+    def fresh_mask(self) -> Tensor:
+        """`mask`, 0 in rows of an earlier policy (b, T)."""
+        return self.mask * self.on_policy[:, None]
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -59,6 +64,8 @@ class Tokens:
         advantages: (b).
         mask: 1 on completion tokens that count (b, T).
         policy_mask: 1 on tokens whose policy loss counts (b, T); None for all.
+        fresh_mask: `mask`, 0 in rows that wait from an earlier step, whose old policy is known by the sampler alone
+            (b, T).
         rows: What they were made from (b).
     """
 
@@ -70,6 +77,7 @@ class Tokens:
     advantages: Tensor
     mask: Tensor
     policy_mask: Tensor | None
+    fresh_mask: Tensor
     rows: list[Row]
 
 
@@ -183,5 +191,6 @@ def forward_policy(
         advantages=micro_batch.advantages,
         mask=micro_batch.mask,
         policy_mask=micro_batch.policy_mask,
+        fresh_mask=micro_batch.fresh_mask,
         rows=micro_batch.rows,
     )

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_modules.distributed import all_sum, gathered
-from lightning_modules.grpo.audit import check_gap, cuts_off, sampler_gap
+from lightning_modules.grpo.audit import Audit, check_gap, cuts_off
 from lightning_modules.grpo.groups import Group, Row, balanced, rows_of
 from lightning_modules.grpo.losses import aggregate
 from lightning_modules.grpo.metrics import add_update_means, update_metric_names
@@ -52,7 +52,6 @@ class PolicyUpdates(RolloutEvaluation):
     updates_per_rollout: int
     max_tokens_per_microbatch: int
     passes: Passes[Any] | None = None
-    _audited = False
 
     def loss(self, tokens: Tokens) -> Tensor:
         """Return the loss of each token (b, T)."""
@@ -97,12 +96,14 @@ class PolicyUpdates(RolloutEvaluation):
         }[objective.over]
         bundles = self._found_passes(filler).bundles
         micro_batches = self.micro_batches(balanced(rows, self.global_rank, bundles), filler)
-        self._audit(micro_batches[0])
         self._prepare(micro_batches)
         # Ranks add their gradients up as a mean, hence the world size.
         share = denominator / self.trainer.world_size
+        audit = Audit(len(micro_batches), self._judge) if self._audits else None
         for _ in range(self.updates_per_rollout):
-            norm = self.update([partial(self._share_of_loss, one, share, means) for one in micro_batches])
+            norm = self.update(
+                [partial(self._share_of_loss, one, share, means, audit) for one in micro_batches]
+            )
             self.kl.policy.after_update(self)
             means.add("grad_norm", norm)
         return True
@@ -140,19 +141,19 @@ class PolicyUpdates(RolloutEvaluation):
                 reference_logprobs(self, one, temperature=self.sampling.temperature) for one in micro_batches
             ]
 
-    def _audit(self, micro_batch: MicroBatch) -> None:
-        """Compare sampler and trainer on fresh rows, once; a collective."""
-        limit = self.objective.max_sampler_gap
-        if self._audited or limit is None or cuts_off(self.sampling):
-            return
-        with torch.no_grad():
-            logprobs_bT, _ = micro_batch.score(self, temperature=self.sampling.temperature)
-        fresh_bT = micro_batch.mask * micro_batch.on_policy[:, None]
-        gap = sampler_gap(logprobs_bT, micro_batch.sampler_logprobs, fresh_bT)
+    @property
+    def _audits(self) -> bool:
+        return self.objective.max_sampler_gap is not None and not cuts_off(self.sampling)
+
+    def _judge(self, gap: Tensor) -> None:
+        """Refuse to learn from rows of another policy; a collective.
+
+        Args:
+            gap: What `sampler_gap` returned for rows of this rank (2).
+        """
         total, tokens = all_sum(self.trainer.strategy, gap).tolist()
-        if tokens:
+        if tokens and (limit := self.objective.max_sampler_gap) is not None:
             check_gap(total / tokens, limit, type(self.sampler).__name__)
-            self._audited = True
 
     def _prepare(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Compute what the updates need of the policies they start from, in place."""
@@ -174,13 +175,17 @@ class PolicyUpdates(RolloutEvaluation):
         for one, entropy_bT in zip(micro_batches, entropies, strict=True):
             one.policy_mask = one.mask * (entropy_bT >= threshold.to(entropy_bT.device))
 
-    def _share_of_loss(self, micro_batch: MicroBatch, denominator: float, means: Means) -> Tensor:
+    def _share_of_loss(
+        self, micro_batch: MicroBatch, denominator: float, means: Means, audit: Audit | None
+    ) -> Tensor:
         tokens = forward_policy(
             self,
             micro_batch,
             temperature=self.sampling.temperature,
             entropy_gradient=self.objective.entropy_coef != 0,
         )
+        if audit is not None:
+            audit.see(tokens)
         add_update_means(means, tokens, self.policy_loss)
         return aggregate(self.loss(tokens), tokens.mask, over=self.objective.over, denominator=denominator)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,16 @@ from datamodules.batches import Prompt
 from lightning_modules.adapters import Adapter, check_state
 from lightning_modules.library.building import load_experts, name_experts, new_experts
 from lightning_modules.library.experts import Experts
-from lightning_modules.library.layers import LoraStack, RoutedLinear, RoutingState
+from lightning_modules.library.layers import LoraStack, RoutedLinear
 from lightning_modules.library.mixing import Mixing, output_mixing
 from lightning_modules.library.publish import write_expert
 from lightning_modules.library.routers.base import Router, missing_descriptions
 from lightning_modules.library.routers.poly import PolyRouter
+from lightning_modules.library.rows import RoutingState, follow_generate
 from lightning_modules.library.steps import KeepAbsent
 from lightning_modules.library.store import AdapterLibrary
 from lightning_modules.ranges import check_number, check_whole
+from lightning_modules.ranks import is_first_rank
 from lightning_modules.sharding import copy_rows
 from lightning_modules.sparse.storage import fingerprint
 from lightning_modules.sparse.targets import find_targets
@@ -81,6 +85,11 @@ class RoutedAdapter(Adapter):
             )
         if library is None and (train_experts is False or subtract):
             raise ValueError("train_experts: false and subtract are for experts of a library. Set library.")
+        if isinstance(router, PolyRouter) and router.num_heads > 1 and mixing is output_mixing:
+            raise ValueError(
+                f"mixing=output_mixing: num_heads={router.num_heads} mixes parts of the factors. Set mixing: "
+                "lightning_modules.library.mixing.factor_mixing."
+            )
         if train_experts and subtract:
             raise ValueError("subtract: experts that are trained cannot share a subtracted part. Drop one.")
         self.router = router
@@ -130,6 +139,10 @@ class RoutedAdapter(Adapter):
             parent, _, child = layer.rpartition(".")
             setattr(model.get_submodule(parent), child, routed)
             self.layers[layer] = routed
+        weights = {name.removesuffix(".weight"): own for name, own in self._fingerprints.items()}
+        self.stacked = replace(self.stacked, fingerprints=weights)
+        follow_generate(model)
+        self._warn_of_mixing()
         if missing := missing_descriptions(self.router, self.stacked):
             if not self.defer_descriptions:
                 raise ValueError(
@@ -161,9 +174,17 @@ class RoutedAdapter(Adapter):
             self.state.enabled = before
 
     def route(self, tasks: Sequence[str], prompts: Sequence[Prompt]) -> None:
-        """Hand the rows to the router."""
-        self.state.rows = self.router.encode(tasks, prompts)
-        self.state.tasks = tuple(tasks)
+        """Hand the rows of the next forward passes to the router; passes with another number of rows are refused."""
+        self.state.hear(self.router, tasks, prompts, self._device)
+
+    def route_all(self, task: str = "", prompt: Prompt = "") -> None:
+        """Treat all rows of the next forward passes alike, however many there are.
+
+        Args:
+            task: The task of all of them.
+            prompt: The prompt of all of them.
+        """
+        self.state.hear(self.router, [task], [prompt], self._device, alike=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return trained experts, and what routers learned."""
@@ -269,6 +290,22 @@ class RoutedAdapter(Adapter):
             if learned:
                 library.put_arrays(target, self.router.kind, learned, self.router.description_settings())
         return names
+
+    def _warn_of_mixing(self) -> None:
+        """Say it where changes are averaged that the router's papers average by their factors."""
+        stacks = self.stacked.layers.values()
+        factors = len(self.stacked.names) > 1 and all(isinstance(stack, LoraStack) for stack in stacks)
+        if self.router.mixes_factors and self.mixing is output_mixing and factors and is_first_rank():
+            warnings.warn(
+                f"mixing: output_mixing with {type(self.router).__name__} averages the changes B A of experts. Its "
+                "papers average A and B apart: set mixing: lightning_modules.library.mixing.factor_mixing for that.",
+                stacklevel=2,
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the routed layers are."""
+        return next((layer.base_layer.weight.device for layer in self.layers.values()), torch.device("cpu"))
 
     @property
     def _trained(self) -> bool:

@@ -116,7 +116,8 @@ def load_experts(
         subtract=[opened[name] for name in general],
     )
     # What cached arrays depend on besides each expert: what was subtracted, by content, and how factors are rounded.
-    settings: dict[str, Any] = {"dtype": str(model.get_parameter(opened[own[0]].names[0]).dtype)}
+    weights = sorted({weight for name in own for weight in opened[name].names})
+    settings: dict[str, Any] = {"dtype": [str(model.get_parameter(weight).dtype) for weight in weights]}
     if general:
         settings["subtract"] = sorted([*library[name].checksums.values()] for name in general)
     tasks = {name: library[name].tasks or (name,) for name in own}

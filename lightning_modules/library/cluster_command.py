@@ -22,6 +22,7 @@ from lightning_modules.library.clustering import (
 )
 from lightning_modules.library.store import AdapterLibrary
 from lightning_modules.merging.reading import read_object
+from lightning_modules.naming import natural
 from lightning_modules.ranges import check_number, check_whole
 
 
@@ -60,7 +61,7 @@ def cluster_library(
     check_whole("components", components)
     check_whole("seed", seed, least=0, most=2**32 - 1)
     store = AdapterLibrary(library)
-    names = sorted(store)
+    names = sorted(store, key=natural)
     if not names:
         raise ValueError(f"The library {library} is empty. Add adapters: quiver library add.")
     if sparse := [name for name in names if store[name].kind != "lora"]:

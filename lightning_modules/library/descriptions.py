@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.library.adapter import RoutedAdapter
-from lightning_modules.library.routers.base import missing_descriptions
+from lightning_modules.library.routers.base import kept_settings, missing_descriptions
 
 
 def describe_experts(module: CausalLMModule, adapter: RoutedAdapter, datamodule: Any) -> None:
@@ -39,7 +39,7 @@ def describe_experts(module: CausalLMModule, adapter: RoutedAdapter, datamodule:
         arrays = router.describe(prompts, partial(mean_inputs, module, adapter, ids))
         assert library is not None
         contiguous = {key: value.detach().cpu().contiguous() for key, value in arrays.items()}
-        library.put_arrays(name, router.kind, contiguous, router.description_settings())
+        library.put_arrays(name, router.kind, contiguous, kept_settings(router, adapter.stacked, name))
 
 
 @torch.no_grad()
@@ -57,6 +57,8 @@ def mean_inputs(
         Layer to mean input, float32 (in).
     """
     sums: dict[str, Tensor] = {}
+    first = next(iter(adapter.layers.values()))
+    device = first.base_layer.weight.device  # that of the module is known later
 
     def add(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         last = inputs[0].flatten(0, -2)[-1].float()
@@ -66,7 +68,7 @@ def mean_inputs(
     try:
         with adapter.disabled():
             for ids in prompts:
-                module(torch.tensor([ids], device=module.device), logits_to_keep=1, use_cache=False)
+                module(torch.tensor([ids], device=device), logits_to_keep=1, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -167,9 +167,35 @@ def grouped_product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         (P, m).
     """
+    product: Tensor
     if torch.compiler.is_compiling():  # torch traces its grouped product for bfloat16 alone
-        product: Tensor = _grouped_product(values, weights, ends)
-        return product
+        product = _compiled_product(values, weights, ends)
+    else:
+        product = _GroupedProduct.apply(values, weights, ends)  # type: ignore[no-untyped-call]
+    return product
+
+
+def outer_products(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Sum up outer products group by group, zeros for groups without rows.
+
+    Args:
+        left: (P, m).
+        right: (P, n).
+        ends: Where each group ends, int32 (G).
+
+    Returns:
+        (G, m, n).
+    """
+    m, n = left.shape[1], right.shape[1]
+    left = functional.pad(left, (0, _missing(m, left)))
+    right = functional.pad(right, (0, _missing(n, right)))
+    product = functional.grouped_mm(left.T, right, offs=ends)[:, :m, :n]
+    # On some GPUs (sm_100) torch leaves what memory held in the products of groups without rows: pytorch#172439.
+    is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+    return product.masked_fill(is_empty[:, None, None], 0)
+
+
+def _product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     rows, columns = weights.shape[1:]
     if _missing(rows, values) or _missing(columns, values):  # else padding would copy all weights
         weights = functional.pad(weights, (0, _missing(columns, values), 0, _missing(rows, values)))
@@ -182,27 +208,44 @@ def _missing(side: int, like: Tensor) -> int:
     return -side % (16 // like.element_size())
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """`grouped_product`, whose weights get gradients by `outer_products`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(values, weights, ends)
+        return _product(values, weights, ends)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        values, weights, ends = ctx.saved_tensors
+        to_values, to_weights, _ = ctx.needs_input_grad
+        gradient = gradient.contiguous()
+        return (
+            _product(gradient, weights.mT, ends) if to_values else None,
+            outer_products(gradient, values, ends) if to_weights else None,
+            None,
+        )
+
+
 @torch.library.custom_op("quiver::grouped_product", mutates_args=())
-def _grouped_product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def _compiled_product(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """`grouped_product`, as one node of a compiled graph."""
-    return grouped_product(values, weights, ends).contiguous()
+    return _product(values, weights, ends).contiguous()
 
 
-@_grouped_product.register_fake
+@_compiled_product.register_fake
 def _(values: Tensor, weights: Tensor, ends: Tensor) -> Tensor:  # noqa: ARG001
     return values.new_empty(values.shape[0], weights.shape[1])
 
 
 @torch.library.custom_op("quiver::grouped_outer_product", mutates_args=())
-def _grouped_outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Sum up outer products of left (P, m) and right (P, n) group by group: (G, m, n)."""
-    m, n = left.shape[1], right.shape[1]
-    left = functional.pad(left, (0, _missing(m, left)))
-    right = functional.pad(right, (0, _missing(n, right)))
-    return functional.grouped_mm(left.T, right, offs=ends)[:, :m, :n].contiguous()
+def _compiled_outer_products(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """`outer_products`, as one node of a compiled graph."""
+    return outer_products(left, right, ends).contiguous()
 
 
-@_grouped_outer_product.register_fake
+@_compiled_outer_products.register_fake
 def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
 
@@ -211,17 +254,17 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
     ctx.save_for_backward(*inputs)
 
 
-def _grouped_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _compiled_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     values, weights, ends = ctx.saved_tensors
     to_values, to_weights, _ = ctx.needs_input_grad
     return (
-        _grouped_product(gradient.contiguous(), weights.mT.contiguous(), ends) if to_values else None,
-        _grouped_outer_product(gradient.contiguous(), values, ends) if to_weights else None,
+        _compiled_product(gradient.contiguous(), weights.mT.contiguous(), ends) if to_values else None,
+        _compiled_outer_products(gradient.contiguous(), values, ends) if to_weights else None,
         None,
     )
 
 
-_grouped_product.register_autograd(_grouped_backward, setup_context=_keep)
+_compiled_product.register_autograd(_compiled_backward, setup_context=_keep)
 
 
 def dispatch(expert_index: Tensor, num_experts: int, x: Tensor) -> Dispatch:

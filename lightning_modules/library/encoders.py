@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
+from lightning_modules.library.routers.base import without_autocast
 from lightning_modules.ranges import check_whole
+from lightning_modules.sparse.storage import fingerprint
 
 
 class HashingEncoder:
@@ -56,26 +59,39 @@ class SentenceEncoder:
         """Stay one: layers' copies of a router do not copy the encoder."""
         return self
 
+    def identity(self) -> str:
+        """Return what vectors depend on: the content of the model, whatever its name, and `max_tokens`."""
+        _, encoder = self._load()
+        digest = hashlib.sha256(str(encoder.config.to_json_string()).encode())
+        for name, weight in encoder.named_parameters():
+            digest.update(f"{name} {fingerprint(weight)}".encode())
+        return f"SentenceEncoder {digest.hexdigest()} max_tokens={self.max_tokens}"
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts.
+        """Encode texts, on the CPU and in float32 whatever the trainer uses.
 
         Returns:
             Unit vectors, float32 (B, width).
         """
         tokenizer, encoder = self._load()
-        inputs = tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        hidden = encoder(**inputs).last_hidden_state
-        mask = inputs["attention_mask"][..., None]
-        return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        with torch.device("cpu"), without_autocast(torch.device("cpu")):
+            inputs = tokenizer(
+                list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            )
+            hidden = encoder(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][..., None]
+            return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             place = _place(self.model)
             try:
-                self._loaded = AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(place).eval()
+                with torch.device("cpu"):  # Lightning may be about to make everything on a GPU
+                    encoder = (
+                        AutoModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+                    )
+                self._loaded = AutoTokenizer.from_pretrained(place), encoder
             except OSError as error:
                 raise ValueError(f"encoder: model={self.model!r} cannot be loaded. {error}") from error
         return self._loaded

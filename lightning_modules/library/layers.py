@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.library.mixing import Mixing, Routing, output_mixing
 from lightning_modules.library.prototypes import arrow_prototypes, spectra
+from lightning_modules.library.rows import RoutingState
 
 
 def routed_lora(x: Tensor, A: Tensor, B: Tensor, expert_index: Tensor, expert_weight: Tensor) -> Tensor:
@@ -38,23 +37,6 @@ def routed_lora(x: Tensor, A: Tensor, B: Tensor, expert_index: Tensor, expert_we
     tensor([[3.]])
     """
     return output_mixing(x[None], A, B, Routing(expert_weight[None], expert_index[None]))[0]
-
-
-@dataclass
-class RoutingState:
-    """What the layers of one model share. Each adapter has its own.
-
-    It stays until the next batch, so that layers which gradient checkpointing runs again see the same.
-
-    Attributes:
-        rows: What the router made of the rows' tasks and prompts, for example (B) task numbers.
-        tasks: The tasks of these rows (B), for those who watch.
-        enabled: Whether experts take part; else the base model answers alone.
-    """
-
-    rows: Any = None
-    tasks: tuple[str, ...] = ()
-    enabled: bool = True
 
 
 class ExpertStack(nn.Module, ABC):
@@ -178,11 +160,14 @@ class RoutedLinear(nn.Module):
 
         Returns:
             (B, S, out).
+
+        Raises:
+            ValueError: If the router reads rows, and `state` has heard of none or of another number.
         """
         result: Tensor = self.base_layer(x)
         if not self.state.enabled:
             return result
         rows = x if x.dim() == 3 else x[None]
-        routing = self.router(rows, self.state.rows)
+        routing = self.router(rows, self.state.rows_of(self.router, len(rows)))
         added: Tensor = self.experts(rows, routing, self.mixing)
         return result + added.view_as(result).to(result.dtype)

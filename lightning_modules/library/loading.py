@@ -14,6 +14,7 @@ from lightning_modules.library.sparse_stack import sparse_stacks
 from lightning_modules.library.store import AdapterLibrary
 from lightning_modules.merging.experts import Expert
 from lightning_modules.merging.lora import LoraFactors
+from lightning_modules.naming import natural
 from lightning_modules.sparse.storage import fingerprint
 
 
@@ -33,9 +34,8 @@ def choose_experts(library: AdapterLibrary, names: Sequence[str] | None) -> list
         return list(library)
     for name in names:
         if name not in library:
-            raise ValueError(
-                f"experts: the library {library.root} has no {name!r}. It has {', '.join(sorted(library))}."
-            )
+            known = ", ".join(sorted(library, key=natural))
+            raise ValueError(f"experts: the library {library.root} has no {name!r}. It has {known}.")
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"experts={list(names)}: name each expert once, and at least one.")
     return list(names)

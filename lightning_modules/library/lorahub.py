@@ -163,6 +163,7 @@ class LoraHubModule(AdapterLibraryModule):
         Raises:
             ValueError: If there are several.
         """
+        super().setup(stage)
         if stage == "fit" and self.trainer.world_size > 1:
             raise ValueError(
                 "trainer.devices: LoraHub searches without gradients, in one process. Set devices: 1."
@@ -217,6 +218,7 @@ class LoraHubModule(AdapterLibraryModule):
 
     def on_train_end(self) -> None:
         """Print the best weights, the largest first."""
+        super().on_train_end()
         if self.search is None or not self.search.losses:
             return
         weights, loss = self.search.best

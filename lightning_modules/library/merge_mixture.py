@@ -20,6 +20,7 @@ from lightning_modules.library.publish import write_expert
 from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.fixed import TaskRouter, UniformRouter, WeightsRouter
 from lightning_modules.library.routers.poly import PolyRouter
+from lightning_modules.naming import natural
 
 Factors = tuple[Tensor, Tensor, float]
 """A (r, in), B (out, r) and alpha / r of one layer."""
@@ -85,7 +86,11 @@ def _rows(router: Router, task: str | None) -> Tensor | None:
         )
     by_task = isinstance(router, TaskRouter | PolyRouter)
     if by_task == (task is None):
-        known = ", ".join(sorted(router.numbers)) if isinstance(router, TaskRouter | PolyRouter) else ""
+        known = (
+            ", ".join(sorted(router.numbers, key=natural))
+            if isinstance(router, TaskRouter | PolyRouter)
+            else ""
+        )
         raise ValueError(
             f"task: {name} mixes experts by task. Give one of {known}."
             if by_task

@@ -174,7 +174,8 @@ def fingerprint(weight: Tensor) -> str:
 
 @lru_cache
 def _positions(length: int) -> Tensor:
-    return torch.linspace(0, length - 1, min(_SAMPLE, length), dtype=torch.float64).long()
+    # On the CPU also where Lightning makes everything elsewhere: they are kept, and hashes must not differ.
+    return torch.linspace(0, length - 1, min(_SAMPLE, length), dtype=torch.float64, device="cpu").long()
 
 
 def read_json(path: Path) -> Any:

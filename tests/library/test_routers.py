@@ -114,16 +114,36 @@ class Found(dict):
         return self.get((name, kind))
 
 
+def with_centroids(experts, centroids):
+    library = Found({(n, "centroid"): {"layer": c} for n, c in zip(NAMES, centroids, strict=True)})
+    return Experts(NAMES, experts.tasks, experts.layers, library)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
 @pytest.mark.parametrize(("temperature", "top_k"), [(None, None), (0.5, 2)])
-def test_cm(experts, stack, x, temperature, top_k):
+def test_cm(experts, x, temperature, top_k, threshold):
+    """The paper's: softmax of cosines, temperature 1, over all experts."""
     torch.manual_seed(2)
     centroids = nn.functional.normalize(torch.randn(E, IN), dim=1)
-    library = Found({(n, "centroid"): {"layer": c} for n, c in zip(NAMES, centroids, strict=True)})
-    experts = Experts(NAMES, experts.tasks, experts.layers, library)
-    check(
-        CentroidRouter(top_k, temperature), experts, x, lambda t, e: float(t @ centroids[e]), top_k,
-        temperature or math.sqrt(IN),
-    )  # fmt: skip
+    own = ready(CentroidRouter(top_k, temperature, threshold), with_centroids(experts, centroids))
+    cosines = nn.functional.cosine_similarity(x[:, :, None], centroids, dim=-1)
+    cosines[..., 2] = -math.inf
+    best = cosines.topk(top_k or E).values
+    expected = cosines.masked_fill(cosines < best[..., -1:], -math.inf).div(temperature or 1.0).softmax(-1)
+    if threshold is not None:
+        expected = expected * (best[..., :1] >= threshold)
+        assert 0 < int((expected.sum(-1) == 0).sum()) < B * S
+    torch.testing.assert_close(dense_weights(own(x, None), E, (B, S)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_cm_finds_the_centroid_of_a_distinct_input_whatever_its_size(experts, size):
+    """Five experts present, of centroids at right angles: e / (e + 4), not 1 / 5."""
+    centroids = torch.eye(IN)[:E]
+    own = ready(CentroidRouter(), with_centroids(experts, centroids))
+    got = dense_weights(own(size * centroids[None, [3]], None), E, (1, 1))[0, 0]
+    assert int(got.argmax()) == 3
+    assert float(got[3]) == pytest.approx(math.e / (math.e + 4), abs=1e-5)
 
 
 def test_phatgoose(experts, x):

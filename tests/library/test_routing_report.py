@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from callbacks import RoutingReport
 from callbacks.routing_figure import routing_figure
+from callbacks.routing_report import Report, _Watch
 from datamodules import JsonlDataModule
 from lightning_modules import AdapterLibraryModule, SFTModule
 from lightning_modules.library.mixing import factor_mixing
@@ -335,6 +336,24 @@ def test_the_figure_shows_the_table():
     accuracy = lines.get_lines()[0].get_xdata()
     assert math.isnan(accuracy[2])
     assert accuracy[3] == 0.5
+
+
+def test_layers_come_in_their_order(tiny_model):
+    """Experts of a library name layers as files do: 0, 1, 10, 11, 2."""
+    module = AdapterLibraryModule(UniformRouter(), experts=1, model=tiny_model)
+    module.configure_model()
+    layer = next(iter(module.adapter.layers.values()))
+    names = sorted(f"model.layers.{i}.{kind}" for i in range(12) for kind in ("mlp", "attn"))
+    module.adapter.layers = dict.fromkeys(names, layer)
+    watch = _Watch(module)
+    expected = [f"model.layers.{i}.{kind}" for i in range(12) for kind in ("attn", "mlp")]
+    assert list(watch.sums) == expected
+    width = 4
+    report = Report(tuple(watch.sums), ("skill_0",), (), torch.ones(24, width))
+    columns, rows = report.table()
+    assert [row[0] for row in rows] == expected
+    figure = routing_figure(columns, rows)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == expected
 
 
 def test_a_figure_of_many_experts_can_be_saved(tmp_path):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from datamodules.batches import Prompt
@@ -27,15 +29,21 @@ class Router(nn.Module, ABC):
         kind: Name of the arrays that `describe` makes.
         needs_library: Whether it makes sense for trained experts alone.
         one_expert_per_row: Whether each row goes to one expert alone, whose loss and gradient then are its own.
+        describes_inputs: Whether what `describe` makes depends on the base model, not on texts alone.
+        mixes_factors: Whether its papers mix experts' factors, not their outputs.
+        reads_rows: Whether rows make a difference, so that `encode` sees them before each forward pass.
     """
 
     num_examples: int = 0
     kind: str = ""
     one_expert_per_row: bool = False
     needs_library: bool = False
+    describes_inputs: bool = False
+    mixes_factors: bool = False
 
     def __init__(self) -> None:
         super().__init__()
+        self.reads_rows = type(self).encode is not Router.encode
 
     def prepare(self, experts: Experts) -> None:
         """Meet the experts. Comes first, once.
@@ -90,6 +98,15 @@ class Router(nn.Module, ABC):
         """Return what the arrays of `describe` depend on besides the expert."""
         return {"examples": self.num_examples}
 
+    def covers(self, arrays: Mapping[str, Tensor], widths: Mapping[str, int]) -> bool:
+        """Return whether the kept arrays of an expert serve this router; others are made again.
+
+        Args:
+            arrays: What `describe` made once.
+            widths: The inputs of each layer that the expert changes, by the layer's name.
+        """
+        return True
+
     def per_expert_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters whose first dimension counts experts."""
         return []
@@ -107,6 +124,12 @@ class Router(nn.Module, ABC):
         """
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep the type of their factors, under mixed precision too."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+
 def missing_descriptions(router: Router, experts: Experts) -> list[str]:
     """Name the experts that a router has to see examples of first."""
     if not router.num_examples:
@@ -115,6 +138,26 @@ def missing_descriptions(router: Router, experts: Experts) -> list[str]:
         raise ValueError(
             f"router={type(router).__name__} knows experts by examples, which are kept in a library. Set library."
         )
+    return [name for name in experts.names if kept_arrays(router, experts, name) is None]
+
+
+def kept_arrays(router: Router, experts: Experts, name: str) -> dict[str, Tensor] | None:
+    """Return what the library keeps of an expert for a router; None where it is not there or does not fit.
+
+    Args:
+        router: Whose arrays.
+        experts: With a library.
+        name: Of the expert.
+    """
+    assert experts.library is not None
+    arrays = experts.library.find_arrays(name, router.kind, kept_settings(router, experts, name))
+    widths = {layer: experts.layers[layer].in_features for layer in experts.changed_by(name)}
+    return arrays if arrays is not None and router.covers(arrays, widths) else None
+
+
+def kept_settings(router: Router, experts: Experts, name: str) -> dict[str, Any]:
+    """Return what the kept arrays of an expert depend on besides the expert."""
     settings = router.description_settings()
-    find = experts.library.find_arrays
-    return [name for name in experts.names if find(name, router.kind, settings) is None]
+    if router.describes_inputs:
+        settings["base"] = {layer: experts.fingerprints.get(layer) for layer in experts.changed_by(name)}
+    return settings

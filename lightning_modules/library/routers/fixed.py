@@ -16,14 +16,18 @@ from datamodules.batches import Prompt
 from lightning_modules.library.experts import Experts
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
+from lightning_modules.naming import natural
 from lightning_modules.ranges import check_numbers
 
 
 class UniformRouter(Router):
     """All experts with weight 1 / E: "mu" (arXiv 2405.11157) and MHR-mu (arXiv 2211.03831) with factor mixing.
 
-    With one expert it is that expert: the adapter that all tasks share.
+    With output mixing it averages the changes B A, of which several experts are warned. With one expert it is that
+    expert: the adapter that all tasks share.
     """
+
+    mixes_factors = True
 
     def forward(self, x: Tensor, rows: None) -> Routing:
         """Return equal weights (E)."""
@@ -54,7 +58,7 @@ class WeightsRouter(Router):
         """
         super().prepare(experts)
         weights = self._found(experts) if self.weights is None else self.weights
-        if unknown := sorted(weights.keys() - set(experts.names)):
+        if unknown := sorted(weights.keys() - set(experts.names), key=natural):
             raise ValueError(
                 f"weights: there is no expert {unknown[0]!r}. There are {', '.join(experts.names)}."
             )
@@ -152,7 +156,11 @@ def expert_of_task(names: Sequence[str], tasks: Mapping[str, Sequence[str]]) -> 
 def unknown_task(task: str, known: Mapping[str, int]) -> ValueError:
     """Say that a router does not know a task."""
     close = get_close_matches(task, known, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else f"It knows {', '.join(sorted(known)) or 'no task'}."
+    hint = (
+        f"Did you mean {close[0]!r}?"
+        if close
+        else f"It knows {', '.join(sorted(known, key=natural)) or 'no task'}."
+    )
     return ValueError(
         f"The router does not know the task {task!r}. {hint} Take a router that reads the input (ArrowRouter), or "
         "UniformRouter, for tasks without an expert."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.library.experts import Experts
 from lightning_modules.library.mixing import Routing
-from lightning_modules.library.routers.base import Router
+from lightning_modules.library.routers.base import Router, without_autocast
 from lightning_modules.library.routers.fixed import TaskRouter
 from lightning_modules.library.routers.token import TokenRouter
 from lightning_modules.ranges import check_number
@@ -45,8 +45,9 @@ class PhatgooseGates(TaskRouter):
     def forward(self, x: Tensor, rows: Tensor) -> Routing:
         """Return the row's expert and its gate for each token (B, S, 1)."""
         rows = rows.to(x.device)
-        gates = self.get_parameter("gates")[rows].to(x.dtype)  # (B, in)
-        weight = torch.einsum("bsi,bi->bs", x, gates).sigmoid()
+        gates = self.get_parameter("gates")[rows].float()  # (B, in)
+        with without_autocast(x.device):
+            weight = torch.einsum("bsi,bi->bs", x.float(), gates).sigmoid()
         return Routing(weight[..., None], rows[:, None, None].expand(*x.shape[:2], 1))
 
 
@@ -86,7 +87,7 @@ class LinearRouter(TokenRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """Return W x (B, S, E)."""
-        return x @ self.get_parameter("weights").to(x.dtype).T
+        return x @ self.get_parameter("weights").float().T
 
     def forward(self, x: Tensor, rows: None) -> Routing:
         """Return the best experts of each token (B, S, k)."""

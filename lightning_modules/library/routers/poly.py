@@ -25,20 +25,23 @@ class PolyRouter(Router):
 
     Each layer has logits Z (T, H, K) that start in U(-1e-3, 1e-3). A task's weights are sigmoid(Z) divided by
     their sum over skills. A head weighs one of H equal parts of a layer's inputs (in A) and outputs (in B). Both
-    papers mix factors: use it with `mixing: factor_mixing`.
+    papers mix factors: use it with `mixing: factor_mixing`; another mixing is warned of.
 
     Args:
         tasks: The tasks that it learns weights for; None takes those of the training data.
         num_heads: H; must divide the widths of all layers.
         relaxed: Draw the weights of a training step from a relaxed Bernoulli distribution of temperature 1, as
             Polytropon's paper does and the published settings of its code do not.
-        anneal_from: Step at which the weights start to turn uniform, for use on unknown tasks.
+        anneal_from: Step at which the weights start to turn uniform, for use on unknown tasks (MHR-mu without further
+            training); what tasks have learned apart is then gone. None, the default, keeps each task's weights.
         anneal_until: Step at which they are uniform. In between they are a alpha + (1 - a) / K with
             a = cos(progress pi / 2), as in the code of MHR. None never.
 
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    mixes_factors = True
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class PolyRouter(Router):
 
     def forward(self, x: Tensor, rows: Tensor) -> Routing:
         """Return the weights of the skills: (B, K), or (B, H, K) with several heads."""
-        logits = self.get_parameter("logits")[rows.to(x.device)]
+        logits = self.get_parameter("logits")[rows.to(x.device)].float()
         if self.training and self.relaxed:
             raw = RelaxedBernoulli(logits.new_tensor(1.0), logits=logits).rsample()
         else:

@@ -14,8 +14,9 @@ from torch.nn import functional
 from datamodules.batches import Prompt
 from lightning_modules.library.encoders import HashingEncoder
 from lightning_modules.library.experts import Experts
+from lightning_modules.library.identity import identity_of
 from lightning_modules.library.mixing import Routing
-from lightning_modules.library.routers.base import Router
+from lightning_modules.library.routers.base import Router, without_autocast
 from lightning_modules.library.routers.token import arrays_of_experts
 from lightning_modules.ranges import check_number, check_whole
 
@@ -28,7 +29,8 @@ class RetrievalRouter(Router):
     expert's own training prompts are embedded.
 
     Args:
-        encoder: Takes B texts, returns unit vectors (B, D).
+        encoder: Takes B texts, returns unit vectors (B, D). Vectors that the library keeps are told apart by its
+            `identity()`, if it has that method, else by its code and its arguments.
         top_k: Experts per row; None keeps all.
         temperature: Divides the cosines before the softmax.
         threshold: Where the best cosine is below this, the base answers alone.
@@ -61,13 +63,17 @@ class RetrievalRouter(Router):
 
     def description_settings(self) -> dict[str, object]:
         """Name the encoder too: vectors of different ones cannot be compared."""
-        return {**super().description_settings(), "encoder": repr_of(self.encoder)}
+        return {**super().description_settings(), "encoder": identity_of(self.encoder)}
 
     def describe(
         self, prompts: Sequence[Prompt], mean_inputs: Callable[[], dict[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         """Return the unit mean vector of the prompts."""
-        return {"text": functional.normalize(self.encoder([as_text(p) for p in prompts]).mean(0), dim=0)}
+        return {"text": functional.normalize(self._encoded(prompts).mean(0), dim=0)}
+
+    def covers(self, arrays: Mapping[str, Tensor], widths: Mapping[str, int]) -> bool:
+        """Return whether there is a vector."""
+        return arrays.keys() == {"text"} and arrays["text"].dim() == 1
 
     def prepare(self, experts: Experts) -> None:
         """Look the experts' vectors up.
@@ -80,12 +86,14 @@ class RetrievalRouter(Router):
             raise ValueError(
                 f"top_k={self.top_k}, but there are only {len(experts.names)} experts. Lower it, or null for all."
             )
-        self._table = arrays_of_experts(self, experts)["text"]
+        self._table = torch.stack([arrays["text"] for arrays in arrays_of_experts(self, experts)]).float()
 
     def encode(self, tasks: Sequence[str], prompts: Sequence[Prompt]) -> Routing:
         """Retrieve the experts of each row (B, k)."""
-        scores = self.encoder([as_text(prompt) for prompt in prompts]) @ self._table.T
-        index = torch.arange(scores.shape[1]).expand_as(scores)
+        vectors = self._encoded(prompts)
+        with without_autocast(vectors.device):
+            scores = vectors @ self._table.to(vectors.device).T
+        index = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         if self.top_k is not None:
             scores, index = scores.topk(self.top_k, dim=1)
         weight = (scores / self.temperature).softmax(1)
@@ -98,17 +106,11 @@ class RetrievalRouter(Router):
         assert rows.index is not None
         return Routing(rows.weight.to(x.device), rows.index.to(x.device))
 
+    def _encoded(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Return the prompts' vectors, float32 (B, D)."""
+        return self.encoder([as_text(prompt) for prompt in prompts]).float()
+
 
 def as_text(prompt: Prompt) -> str:
     """Return a prompt as one text: a conversation's contents, a line each."""
     return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-
-
-def repr_of(encoder: Callable[..., Tensor]) -> str:
-    """Name an encoder by its class and its arguments."""
-    arguments = (
-        {k: v for k, v in vars(encoder).items() if not k.startswith("_")}
-        if hasattr(encoder, "__dict__")
-        else {}
-    )
-    return f"{type(encoder).__qualname__}{sorted(arguments.items())}"

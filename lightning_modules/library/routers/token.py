@@ -1,5 +1,7 @@
 """Routers that choose for every token by its input at the layer.
 
+Scores are float32 whatever the model computes in: in bfloat16 every twentieth token would go to other experts.
+
 Shapes: B rows, S positions, E experts, k chosen ones, r rank.
 """
 
@@ -15,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from datamodules.batches import Prompt
-from lightning_modules.library.experts import Experts, stacked
+from lightning_modules.library.experts import Experts
 from lightning_modules.library.mixing import Routing
-from lightning_modules.library.routers.base import Router
+from lightning_modules.library.routers.base import Router, kept_arrays, without_autocast
 from lightning_modules.ranges import check_number, check_whole
 
 
@@ -76,23 +78,35 @@ class TokenRouter(Router):
 
     @abstractmethod
     def tables(self, experts: Experts) -> dict[str, Tensor]:
-        """Return what `scores` needs of each layer's experts, by layer (E, ...)."""
+        """Return what `scores` needs of each layer's experts, by layer, float32 (E, ...)."""
 
     @abstractmethod
     def scores(self, x: Tensor) -> Tensor:
         """Score each expert for each token.
 
         Args:
-            x: Inputs of the layer (B, S, in).
+            x: Inputs of the layer, float32 (B, S, in).
 
         Returns:
-            (B, S, E).
+            float32 (B, S, E).
         """
+
+    def confidence(self, best: Tensor, x: Tensor) -> Tensor:
+        """Return what is compared with `threshold`: the best score, divided by the norm of the input.
+
+        Args:
+            best: The best score of each token (B, S, 1).
+            x: Inputs of the layer, float32 (B, S, in).
+        """
+        relative: Tensor = best / x.norm(dim=-1, keepdim=True)
+        return relative
 
     def forward(self, x: Tensor, rows: None) -> Routing:
         """Return the best experts of each token (B, S, k), their weights summing to 1 or, abstaining, to 0."""
+        x = x.float()
+        with without_autocast(x.device):
+            scores = self.scores(x)
         # An expert that leaves this layer alone has no say in it.
-        scores = self.scores(x).float()
         if self._some_absent:
             scores = scores.masked_fill(~self.get_buffer("present"), -torch.inf)
         index = None
@@ -100,9 +114,16 @@ class TokenRouter(Router):
             scores, index = scores.topk(self.top_k, dim=-1)
         weight = (scores / self.temperature).softmax(-1)
         if self.threshold is not None:
-            best = scores.amax(-1, keepdim=True) / x.float().norm(dim=-1, keepdim=True)
-            weight = weight * (best >= self.threshold)
+            weight = weight * (self.confidence(scores.amax(-1, keepdim=True), x) >= self.threshold)
         return Routing(weight, index)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenRouter:
+        """Move to another device, but keep the arrays in float32 when the model turns to another type."""
+        before = self._buffers.get("table")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and (after := self.own).dtype != before.dtype:
+            self._buffers["table"] = before.to(after.device)
+        return self
 
     @property
     def own(self) -> Tensor:
@@ -129,7 +150,7 @@ class ArrowRouter(TokenRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """Return |x . v| (B, S, E)."""
-        return (x @ self.own.to(x.dtype).T).abs()
+        return (x @ self.own.T).abs()
 
 
 class SpectralRouter(TokenRouter):
@@ -151,26 +172,27 @@ class SpectralRouter(TokenRouter):
 
     def scores(self, x: Tensor) -> Tensor:
         """Return ||dW x|| (B, S, E)."""
-        table = self.own.to(x.dtype)
-        codes: Tensor = (x @ table.flatten(0, 1).T).unflatten(-1, table.shape[:2])
-        lengths: Tensor = codes.float().norm(dim=-1)
+        codes: Tensor = (x @ self.own.flatten(0, 1).T).unflatten(-1, self.own.shape[:2])
+        lengths: Tensor = codes.norm(dim=-1)
         return lengths
 
 
 class CentroidRouter(TokenRouter):
-    """CM, average activation (arXiv 2405.11157, section 4): x . c, c the mean input of an expert's examples.
+    """CM, average activation (arXiv 2405.11157, section 4): cos(x, c), c the mean input of an expert's examples.
 
-    As in the paper's code, c is the mean over examples at the last prompt token, of unit norm, and the temperature
-    is the square root of the layer's width.
+    As in the paper's code, c is the mean over examples at the last prompt token. The paper's softmax over the cosines
+    of all experts is soft: of six experts, one whose cosine is 1 where all others have 0 weighs 0.35. A lower
+    temperature or `top_k` makes it sharper.
 
     Args:
         top_k: Experts per token; None keeps all, as the paper does.
-        temperature: Divides the scores before the softmax; None is the square root of the layer's width.
+        temperature: Divides the cosines before the softmax; None is the paper's, 1.
         threshold: Below this cosine of input and centroid the base answers alone.
         num_examples: Training prompts per expert.
     """
 
     kind = "centroid"
+    describes_inputs = True
 
     def __init__(
         self,
@@ -181,7 +203,6 @@ class CentroidRouter(TokenRouter):
     ) -> None:
         super().__init__(top_k, 1.0 if temperature is None else temperature, threshold)
         check_whole("num_examples", num_examples)
-        self.temperature = temperature  # type: ignore[assignment]
         self.num_examples = num_examples
 
     def describe(
@@ -190,21 +211,22 @@ class CentroidRouter(TokenRouter):
         """Return the unit centroid of each layer (in)."""
         return {layer: functional.normalize(mean, dim=0) for layer, mean in mean_inputs().items()}
 
+    def covers(self, arrays: Mapping[str, Tensor], widths: Mapping[str, int]) -> bool:
+        """Return whether there is a centroid for each layer."""
+        return has_layers(arrays, widths)
+
     def tables(self, experts: Experts) -> dict[str, Tensor]:
         """Return centroids (E, in)."""
         return layer_arrays(self, experts)
 
-    def for_layer(self, layer: str) -> Router:
-        """Return a copy with this layer's temperature."""
-        own = super().for_layer(layer)
-        assert isinstance(own, CentroidRouter)
-        if self.temperature is None:
-            own.temperature = math.sqrt(own.own.shape[-1])
-        return own
-
     def scores(self, x: Tensor) -> Tensor:
-        """Return x . c (B, S, E)."""
-        return x @ self.own.to(x.dtype).T
+        """Return the cosine of x and c (B, S, E)."""
+        cosines: Tensor = (x @ self.own.T) / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return cosines
+
+    def confidence(self, best: Tensor, x: Tensor) -> Tensor:
+        """Return the best cosine."""
+        return best
 
 
 class PhatgooseRouter(TokenRouter):
@@ -222,6 +244,10 @@ class PhatgooseRouter(TokenRouter):
     def __init__(self, top_k: int | None = 2) -> None:
         super().__init__(top_k)
 
+    def covers(self, arrays: Mapping[str, Tensor], widths: Mapping[str, int]) -> bool:
+        """Return whether there is a gate for each layer."""
+        return has_layers(arrays, widths)
+
     def tables(self, experts: Experts) -> dict[str, Tensor]:
         """Return the gates (E, in).
 
@@ -233,40 +259,45 @@ class PhatgooseRouter(TokenRouter):
     def scores(self, x: Tensor) -> Tensor:
         """Return LN(x) . LN(v) / sqrt(in) (B, S, E)."""
         width = (x.shape[-1],)
-        gates = functional.layer_norm(self.own.float(), width)
-        return functional.layer_norm(x.float(), width) @ gates.T / math.sqrt(width[0])
+        gates = functional.layer_norm(self.own, width)
+        return functional.layer_norm(x, width) @ gates.T / math.sqrt(width[0])
 
 
-def arrays_of_experts(router: Router, experts: Experts) -> dict[str, Tensor]:
-    """Return the arrays of the router's kind that were made earlier, experts stacked (E, ...).
+def arrays_of_experts(router: Router, experts: Experts) -> list[dict[str, Tensor]]:
+    """Return the arrays of the router's kind that were made earlier, of each expert (E).
 
     Raises:
-        ValueError: If there is no library, or an expert has none there.
+        ValueError: If there is no library, or an expert has none there that fit its layers.
     """
     if experts.library is None:
         raise ValueError(f"router={type(router).__name__} needs a library. Set library.")
     found = []
     for name in experts.names:
-        arrays = experts.library.find_arrays(name, router.kind, router.description_settings())
+        arrays = kept_arrays(router, experts, name)
         if arrays is None:
             raise ValueError(
                 f"router={type(router).__name__}: the library {experts.library.root} has no {router.kind} arrays of "
-                f"the expert {name!r}. docs/library.md tells which run makes them."
+                f"the expert {name!r} and its layers. docs/library.md tells which run makes them."
             )
         found.append(arrays)
-    return stacked(found)
+    return found
 
 
 def layer_arrays(router: Router, experts: Experts) -> dict[str, Tensor]:
-    """Return `arrays_of_experts` of the experts' layers (E, in).
+    """Return `arrays_of_experts` by layer (E, in), zeros where an expert leaves a layer alone.
 
     Raises:
-        ValueError: If arrays of a layer are missing.
+        ValueError: As `arrays_of_experts`.
     """
-    arrays = arrays_of_experts(router, experts)
-    if missing := sorted(experts.layers.keys() - arrays.keys()):
-        raise ValueError(
-            f"router={type(router).__name__}: the {router.kind} arrays in the library lack the layer {missing[0]}. "
-            "They were made with other experts; make them again."
+    found = arrays_of_experts(router, experts)
+    return {
+        layer: torch.stack(
+            [arrays.get(layer, torch.zeros(stack.in_features, device="cpu")) for arrays in found]
         )
-    return {layer: arrays[layer] for layer in experts.layers}
+        for layer, stack in experts.layers.items()
+    }
+
+
+def has_layers(arrays: Mapping[str, Tensor], widths: Mapping[str, int]) -> bool:
+    """Return whether there is a vector for each layer (in)."""
+    return all(layer in arrays and arrays[layer].shape == (width,) for layer, width in widths.items())

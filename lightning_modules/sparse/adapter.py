@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 from lightning_modules.adapters import Adapter
 from lightning_modules.ranks import several_ranks
-from lightning_modules.sharding import read, sharded_modules, whole
+from lightning_modules.sharding import gathered_dtype, read, sharded_modules, whole
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.masks import Structure, check_density, unit_sums
+from lightning_modules.sparse.rounding_watch import RoundingWatch
 from lightning_modules.sparse.schedules import Schedule, Static
 from lightning_modules.sparse.scores import Score, snip
 from lightning_modules.sparse.selection import Rule, Selection
@@ -34,8 +35,9 @@ class SparseAdapter(Adapter):
 
     What is learned is one float32 vector of values for each weight; indices are buffers. Values are written
     into the base weight after each optimiser step, so a forward pass costs what it costs without adapter, and
-    optimiser moments have the size of the values (see `SparseWeight`). Under a bfloat16 base what is written
-    is rounded, what is learned is not.
+    optimiser moments have the size of the values (see `SparseWeight`). Under a bfloat16 base, or where the model
+    computes in bfloat16, what it computes with is rounded, what is learned is not: small changes of large weights
+    vanish. What is lost is measured after the first update, and there is a warning if it is more than 5%.
 
     Weights are chosen by a score, from gradients that ordinary training steps make anyway: there is no extra
     pass. Gradients are averaged over ranks before they are scored, and rank 0's scores count, so that every
@@ -84,6 +86,7 @@ class SparseAdapter(Adapter):
         self.schedule = schedule
         self.joins_shards = True
         self.weights: list[SparseWeight] = []
+        self.rounding = RoundingWatch()
         self._is_watched = False
         self._has_warned = False
 
@@ -160,6 +163,7 @@ class SparseAdapter(Adapter):
         self.synchronize()
         if not torch.is_grad_enabled():
             return
+        self.rounding.before_forward(self.weights[0].device.type, gathered_dtype(self._model))
         for weight in self.weights:
             weight.forget_unmade_step()
         if module.training and not (self._is_watched or self._has_warned or self.selection.is_over):
@@ -246,6 +250,7 @@ class SparseAdapter(Adapter):
     def _after_step(self, optimizer: Optimizer, epoch: int) -> None:
         for weight in self.weights:
             weight.write(always=True)
+        self.rounding.after_step(self.weights)  # before other entries are chosen
         self.selection.after_step(optimizer, epoch)
         self._forget_gathered()
 

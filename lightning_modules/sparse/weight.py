@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.ranks import mean_over_ranks
-from lightning_modules.sparse.delta import SparseDelta
+from lightning_modules.rounding import Rounding, rounding
+from lightning_modules.sparse.delta import SparseDelta, write_entries
 from lightning_modules.sparse.layers import FORWARDS, with_gradient
 
 VALUES, INDICES, BASE = "sparse_values", "sparse_indices", "sparse_base"
@@ -85,6 +86,11 @@ class SparseWeight:
         return self.owner.get_parameter(self.weight_name).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.owner.get_parameter(self.weight_name).dtype
+
+    @property
     def values(self) -> nn.Parameter:
         """What is learned (K), float32; (N) while all entries are trained."""
         return self.owner.get_parameter(VALUES)
@@ -132,6 +138,15 @@ class SparseWeight:
         self.line_dim = None if indices is None else _line_dim(indices, weight.shape)
         self.write()
         return resized
+
+    def rounding(self, dtype: torch.dtype | None = None) -> Rounding:
+        """Measure what arrives of the learned change in what the model computes with; under sharding a collective.
+
+        Args:
+            dtype: What it computes in; None for the weight's type.
+        """
+        base = self.weight.flatten() if self.indices is None else self._base()
+        return rounding(base, self.values.detach(), dtype or self.dtype)
 
     def write(self, *, always: bool = False) -> None:
         """Write base + values into the weight, where values have changed since the last time.
@@ -228,7 +243,7 @@ class SparseWeight:
 
     def _scatter(self, weight: Tensor, entries: Tensor) -> None:
         assert self.indices is not None
-        weight.put_(self.indices.long(), entries)
+        write_entries(weight, self.indices, entries)
 
     # ------------------------------------------------------------------ forward and backward
 

@@ -31,11 +31,16 @@ class Adapter(ABC):
 
     Attributes:
         source: The base model, as the user named it; the module sets it before `attach`.
+        purpose: What it is trained on, as any text; the module sets it before `attach`, where the data are known and
+            `draws_by_purpose` is set. Random choices of adapters differ with it.
+        draws_by_purpose: Whether `attach` uses `purpose`.
         reads_weights: Whether `attach` reads base weights, which under sharding may not be in memory yet.
         joins_shards: Whether `attach` takes a model that is sharded already; else it comes before.
     """
 
     source: str | None = None
+    purpose: str = ""
+    draws_by_purpose: bool = False
     reads_weights: bool = False
     joins_shards: bool = False
 

@@ -130,6 +130,8 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         prefer_blocks(base)
         make_norms_lean(base)
         self.adapter.source = self.source
+        if self.adapter.draws_by_purpose and self._trainer is not None and self.trainer.training:
+            self.adapter.purpose = purpose_of(getattr(self.trainer, "datamodule", None))
         self.model = self._attach(base)
         # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -361,6 +363,18 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         """
         assert self.model is not None, "configure_model has not run"
         return self.model(input_ids=input_ids, **kwargs)
+
+
+def purpose_of(datamodule: Any) -> str:
+    """Tell training data apart: by the names of their tasks, their number and some of their prompts.
+
+    Args:
+        datamodule: One of ours; of any other making nothing is known.
+    """
+    if not all(hasattr(datamodule, name) for name in ("task_names", "num_rows", "examples")):
+        return ""
+    tasks = datamodule.task_names("train")
+    return repr((tasks, datamodule.num_rows("train"), datamodule.examples(tasks, 8)))
 
 
 def _contiguous(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001

@@ -39,6 +39,10 @@ class SparseAdapter(Adapter):
     computes in bfloat16, what it computes with is rounded, what is learned is not: small changes of large weights
     vanish. What is lost is measured after the first update, and there is a warning if it is more than 5%.
 
+    A score that draws random numbers draws others for each weight, and for each expert: they depend on the run's
+    seed, the weight's name, the step and the training data (tasks, number of rows, some prompts), which modules of
+    ours read from their datamodule. The same configuration on the same data chooses the same weights.
+
     Weights are chosen by a score, from gradients that ordinary training steps make anyway: there is no extra
     pass. Gradients are averaged over ranks before they are scored, and rank 0's scores count, so that every
     rank chooses the same.
@@ -85,6 +89,7 @@ class SparseAdapter(Adapter):
         self.budget: Literal["layer", "global"] = budget
         self.schedule = schedule
         self.joins_shards = True
+        self.draws_by_purpose = True
         self.weights: list[SparseWeight] = []
         self.rounding = RoundingWatch()
         self._is_watched = False
@@ -110,7 +115,8 @@ class SparseAdapter(Adapter):
             _sparse_weight(name, model.get_parameter(name), found) for name, found in users.items()
         ]
         rule = Rule(self.density, self.score, self.structure, self.block, self.budget, self.schedule)
-        self.selection = Selection(self.weights, rule)
+        seed = int(torch.randint(2**62, ()))
+        self.selection = Selection(self.weights, rule, (seed, self.purpose))
         self._hook = model.register_forward_pre_hook(self._before_forward)
         try:
             self.selection.start()

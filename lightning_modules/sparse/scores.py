@@ -60,5 +60,8 @@ def fisher(weight: Tensor, delta: Tensor, gradient: Tensor) -> Tensor:
 
 
 def random(weight: Tensor, delta: Tensor, gradient: Tensor) -> Tensor:
-    """Uniform random numbers: the baseline. Needs no gradient."""
+    """Uniform random numbers: the baseline. Needs no gradient.
+
+    `SparseAdapter` seeds them by weight and by expert, so that experts of one configuration differ in what they train.
+    """
     return torch.rand(weight.shape, device=weight.device)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.ranks import from_rank_zero
 from lightning_modules.sharding import whole
+from lightning_modules.sparse.draws import draws_of
 from lightning_modules.sparse.masks import Structure, budget, count_units, replace, select, select_across
 from lightning_modules.sparse.moments import carry_moments, positions, taken
 from lightning_modules.sparse.schedules import Schedule
@@ -37,6 +38,7 @@ class Selection:
     Args:
         weights: The target weights.
         rule: How to choose.
+        seeds: What random scores depend on, beside the weight's name and the step.
 
     Attributes:
         step: Optimiser steps made.
@@ -47,9 +49,12 @@ class Selection:
         dropped: Last value of each entry that was ever trained, by weight, where the schedule keeps them (N).
     """
 
-    def __init__(self, weights: Sequence[SparseWeight], rule: Rule) -> None:
+    def __init__(
+        self, weights: Sequence[SparseWeight], rule: Rule, seeds: tuple[int | str, ...] = ()
+    ) -> None:
         self.weights = weights
         self.rule = rule
+        self.seeds = seeds
         self.step = 0
         self.epoch = 0
         self.was_chosen = False
@@ -173,7 +178,8 @@ class Selection:
             change = weight.delta.dense()
         first = self.rule.schedule.first_score
         score = self.rule.score if self.was_chosen or first is None else first
-        return score(adapted, change, gradient.float()).detach()
+        with draws_of(weight.device, *self.seeds, weight.name, self.step):
+            return score(adapted, change, gradient.float()).detach()
 
     def _take_scores(self) -> dict[str, Tensor]:
         """Return the scores that have added up, rank 0's on every rank."""

@@ -34,6 +34,8 @@ class Adapter(ABC):
         purpose: What it is trained on, as any text; the module sets it before `attach`, where the data are known and
             `draws_by_purpose` is set. Random choices of adapters differ with it.
         draws_by_purpose: Whether `attach` uses `purpose`.
+        choices: How often other entries than before were chosen to be trained since `attach`.
+        moves_entries: Whether that can happen after something was learned.
         reads_weights: Whether `attach` reads base weights, which under sharding may not be in memory yet.
         joins_shards: Whether `attach` takes a model that is sharded already; else it comes before.
     """
@@ -41,6 +43,8 @@ class Adapter(ABC):
     source: str | None = None
     purpose: str = ""
     draws_by_purpose: bool = False
+    choices: int = 0
+    moves_entries: bool = False
     reads_weights: bool = False
     joins_shards: bool = False
 

@@ -103,7 +103,8 @@ class PolicyUpdates(RolloutEvaluation):
         share = denominator / self.trainer.world_size
         for _ in range(self.updates_per_rollout):
             norm = self.update([partial(self._share_of_loss, one, share, means) for one in micro_batches])
-            self.kl.policy.after_update(self)
+            if self.kl.coef:
+                self.kl.policy.after_update(self)
             means.add("grad_norm", norm)
         return True
 

@@ -90,6 +90,7 @@ class SparseAdapter(Adapter):
         self.schedule = schedule
         self.joins_shards = True
         self.draws_by_purpose = True
+        self.moves_entries = not schedule.once
         self.weights: list[SparseWeight] = []
         self.rounding = RoundingWatch()
         self._is_watched = False
@@ -258,6 +259,7 @@ class SparseAdapter(Adapter):
             weight.write(always=True)
         self.rounding.after_step(self.weights)  # before other entries are chosen
         self.selection.after_step(optimizer, epoch)
+        self.choices = self.selection.choices
         self._forget_gathered()
 
     # ------------------------------------------------------------------ state and files

@@ -44,6 +44,7 @@ class Selection:
         step: Optimiser steps made.
         epoch: Epoch of the last one, from 0.
         was_chosen: Whether the schedule has made a choice.
+        choices: How often weights were chosen since the start.
         resized: Whether values became new parameters since this was last set to False.
         sums: Scores that have added up for the next choice, by weight.
         dropped: Last value of each entry that was ever trained, by weight, where the schedule keeps them (N).
@@ -58,6 +59,7 @@ class Selection:
         self.step = 0
         self.epoch = 0
         self.was_chosen = False
+        self.choices = 0
         self.resized = False
         self.sums: dict[str, Tensor] = {}
         self.dropped: dict[str, Tensor] = {}
@@ -114,6 +116,7 @@ class Selection:
         if self.rule.schedule.due(self.step, epoch):
             self._choose(self._take_scores(), optimizer)
             self.was_chosen = True
+            self.choices += 1
         self.prepare(epoch)
 
     def prepare(self, epoch: int) -> None:

@@ -42,14 +42,15 @@ class SparseStack(ExpertStack):
     """
 
     def __init__(self, deltas: Sequence[SparseDelta | None], shape: tuple[int, int]) -> None:
-        present = torch.tensor([delta is not None for delta in deltas])
+        # Where the changes are, whatever device is the default one: the stack moves as a whole later.
+        device = next((delta.values.device for delta in deltas if delta is not None), None)
+        present = torch.tensor([delta is not None for delta in deltas], device=device)
         super().__init__(present, shape[1], shape[0])
-        if not bool(present.any()):
+        if device is None:
             raise ValueError("deltas: no expert changes this layer, so it needs no stack.")
         for number, delta in enumerate(deltas):
             if delta is not None and delta.shape not in (None, shape):
                 raise ValueError(f"deltas: expert {number} has shape {delta.shape}, and the weight {shape}.")
-        device = next(delta.values.device for delta in deltas if delta is not None)
         none = torch.zeros(0, device=device)
         nothing = SparseDelta(none.long(), none)
         rows = [_compress(nothing if delta is None else delta, shape) for delta in deltas]

@@ -118,6 +118,13 @@ class Adapter(ABC):
     def gradients_ready(self) -> None:  # noqa: B027
         """Hear that the last backward pass of a step is over, before gradients are clipped."""
 
+    def wants_single_rows(self, steps: int = 1) -> bool:
+        """Return whether each row must have a forward and backward pass of its own in one of the next steps."""
+        return False
+
+    def backward_ready(self) -> None:  # noqa: B027
+        """Hear that the backward pass of a micro-batch is over."""
+
     def take_resized(self) -> bool:
         """Return, once, whether parameters were replaced by others since the last call."""
         return False

@@ -268,6 +268,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             share = loss()
             with gradient_exchange(self.trainer.strategy, enabled=i == len(losses) - 1):
                 self.manual_backward(share)
+            self.adapter.backward_ready()
         self.adapter.gradients_ready()
         norm = self.clip_gradients_in_place().detach()
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()

@@ -123,7 +123,10 @@ class PolicyUpdates(RolloutEvaluation):
             pad_token_id=self.pad_token_id,
             device=self.device,
         )
+        single = self.adapter.wants_single_rows(self.updates_per_rollout)
         plan = passes.plan(rows, self.max_tokens_per_microbatch)
+        if single:
+            plan = [[i] for chosen in plan for i in chosen]
         found = [put([rows[i] for i in chosen]) for chosen in plan] or [put([filler])]
         return self.in_step(found, lambda: put([filler]))
 

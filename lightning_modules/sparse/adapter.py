@@ -118,8 +118,9 @@ class SparseAdapter(Adapter):
         rule = Rule(self.density, self.score, self.structure, self.block, self.budget, self.schedule)
         seed = int(torch.randint(2**62, ()))
         self.selection = Selection(self.weights, rule, (seed, self.purpose))
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         try:
+            self._check_examples()
             self.selection.start()
         except Exception:
             self.remove()
@@ -148,6 +149,25 @@ class SparseAdapter(Adapter):
         for module in sharded_modules(self._model):
             module.reshard()
 
+    def wants_single_rows(self, steps: int = 1) -> bool:
+        """Return whether scores need the gradient of each row by itself in one of the next steps."""
+        return self.selection.observes_examples(steps)
+
+    def backward_ready(self) -> None:
+        """Score the row whose backward pass is over, where scores are of single rows."""
+        if self.selection.observes_examples():
+            self.selection.take_example()
+
+    def _check_examples(self) -> None:
+        """Refuse scores of single rows where ranks exchange gradients before anybody sees them."""
+        if getattr(self.score, "per_example", False) and any(
+            isinstance(weight, ShardedSparseWeight) for weight in self.weights
+        ):
+            raise ValueError(
+                f"score={_name(self.score)} needs the gradient of each row, but FSDP2 averages those of all ranks "
+                "first. Choose the weights on one device or under DDP, or take another score, such as snip."
+            )
+
     def gradients_ready(self) -> None:
         """Give values the gradient of the step that is about to be made; a collective under sharding."""
         for weight in self.weights:
@@ -166,13 +186,18 @@ class SparseAdapter(Adapter):
         for weight in self.weights:
             weight.write()
 
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.synchronize()
         if not torch.is_grad_enabled():
             return
+        if self.selection.observes_examples():
+            self.selection.take_example()  # of the pass before, in a loop that does not tell
+            _check_single(args, kwargs)
         self.rounding.before_forward(self.weights[0].device.type, gathered_dtype(self._model))
         for weight in self.weights:
             weight.forget_unmade_step()
+        if all(weight.values.grad is None for weight in self.weights):
+            self.selection.forget_examples()  # of a step that was not made
         if module.training and not (self._is_watched or self._has_warned or self.selection.is_over):
             self._has_warned = True
             rank_zero_warn(
@@ -341,6 +366,21 @@ class SparseAdapter(Adapter):
             "fingerprint": self._fingerprint,
         }
         write_sparse(folder, [(weight.name, _delta(weight, state)) for weight in self.weights], config)
+
+
+def _name(score: Score) -> str:
+    return getattr(score, "__name__", type(score).__name__)
+
+
+def _check_single(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that a forward pass is of one row, whose gradient is scored by itself."""
+    inputs = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.dim()]
+    if inputs and len(inputs[0]) > 1:
+        raise ValueError(
+            f"A score of single examples, such as fisher, needs the gradient of each row by itself, and this forward "
+            f"pass has {len(inputs[0])} rows. Run one row in each forward and backward pass in the steps before a "
+            "choice, or train through SFTModule, SparseAdapterModule or GRPOModule, which do so."
+        )
 
 
 def _sparse_weight(name: str, weight: nn.Parameter, users: Sequence[nn.Module]) -> SparseWeight:

@@ -38,6 +38,7 @@ class SparseWeight:
 
     Attributes:
         observing: Add up gradients of the whole weight; those of all entries are in `values` anyway.
+        of_examples: Add them up there too, because single examples are wanted.
         observed: Their sum since it was last taken, float32; None where there was none.
         idle: Values get zero gradients: nothing was chosen yet.
         line_dim: 0 where whole rows are trained, 1 where whole columns are, else None.
@@ -49,6 +50,7 @@ class SparseWeight:
         self.users = list(users)
         self.owner = self.users[0]
         self.observing = False
+        self.of_examples = False
         self.idle = False
         self.line_dim: int | None = None
         self.observed: Tensor | None = None
@@ -217,6 +219,11 @@ class SparseWeight:
             observed = torch.zeros(self.shape, device=self.device)
         return mean_over_ranks(observed)
 
+    def take_observed(self) -> Tensor | None:
+        """Return the gradients of the whole weight that this rank has observed since the last time."""
+        observed, self.observed = self.observed, None
+        return None if observed is None else observed.view(self.shape)
+
     def hand_out_gradient(self) -> None:
         """Give `values` the gradient of the step, where the backward pass has not."""
 
@@ -283,7 +290,7 @@ class SparseWeight:
 
     def gather(self, gradient: Tensor) -> Tensor:
         """Return the gradient of `values` from that of the weight; keep the whole one if it is observed."""
-        if self.observing and self.indices is not None:
+        if self.observing and (self.indices is not None or self.of_examples):
             if self.observed is None:
                 self.observed = torch.zeros_like(gradient, dtype=torch.float32)
             self.observed += gradient

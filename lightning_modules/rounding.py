@@ -91,7 +91,7 @@ def rounding(base: Tensor, change: Tensor, dtype: torch.dtype) -> Rounding:
         arrives = after.double() - before.to(dtype).double()
         wanted = wanted.double()
         changes = wanted != 0
-        sums = torch.stack(
+        squares, kept, lost, changed, still = torch.stack(
             [
                 wanted.square().sum(),
                 (arrives * wanted.sign()).clamp(min=0).minimum(wanted.abs()).square().sum(),
@@ -100,7 +100,7 @@ def rounding(base: Tensor, change: Tensor, dtype: torch.dtype) -> Rounding:
                 (changes & (arrives == 0)).sum().double(),
             ]
         ).tolist()
-        total += Rounding(*sums[:3], int(sums[3]), int(sums[4]))
+        total += Rounding(squares, kept, lost, int(changed), int(still))
     return total
 
 

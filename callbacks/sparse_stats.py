@@ -35,7 +35,6 @@ from lightning_modules.sparse.stats import (
     trained_entries,
 )
 from lightning_modules.sparse.storage import SparseFolder
-from lightning_modules.sparse.weight import SparseWeight
 
 
 class SparseStats(lightning.Callback):
@@ -50,6 +49,9 @@ class SparseStats(lightning.Callback):
     - `sparse/churn`, the share of the trained entries that were not trained at the previous log. The first log
       has none, nor has the first one of a resumed run;
     - `sparse/delta_norm`, the L2 norm of what was learned;
+    - what rounding to the type that the model computes in leaves of it: `sparse/kept`, the share of that norm that
+      arrives, `sparse/rounding_error`, the relative error of the change, and `sparse/unmoved`, the share of the
+      entries with a change that stand where the base has them. In float32 1, about 0 and 0;
     - for each expert `sparse/overlap/<its folder>`, |A and B| / |A| over the weights that both change, and
       `sparse/overlap_by_chance/<its folder>`, what random choices of the same size in each weight would share
       on average. Both are 0 where nothing is trained in these weights.
@@ -131,10 +133,12 @@ class SparseStats(lightning.Callback):
         """Log."""
         self._trained = True
         if (trainer.fit_loop.total_batch_idx + 1) % self.every_n_steps == 0:
-            pl_module.log_dict(self._scalars(_sparse_adapter(pl_module).weights))  # alike on all ranks
+            pl_module.log_dict(self._scalars(_sparse_adapter(pl_module)))  # alike on all ranks
 
-    def _scalars(self, weights: Sequence[SparseWeight]) -> dict[str, float]:
+    def _scalars(self, adapter: SparseAdapter) -> dict[str, float]:
+        weights = adapter.weights
         stats = measure(weights, self._folders)
+        arrives = adapter.rounding.measure(weights)
         trained = sum(one.trained for one in stats)
         layers = layer_densities(stats)
         norms = [float(torch.linalg.vector_norm(whole(weight.values.detach()))) for weight in weights]
@@ -142,6 +146,9 @@ class SparseStats(lightning.Callback):
             "sparse/density": share_of(trained, sum(one.size for one in stats)),
             "sparse/trained": float(trained),
             "sparse/delta_norm": math.hypot(*norms),
+            "sparse/kept": arrives.share,
+            "sparse/rounding_error": arrives.error,
+            "sparse/unmoved": arrives.unmoved,
             "sparse/layer_density/min": min(layers),
             "sparse/layer_density/mean": sum(layers) / len(layers),
             "sparse/layer_density/max": max(layers),

@@ -32,11 +32,20 @@ class Adapter(ABC):
 
     Attributes:
         source: The base model, as the user named it; the module sets it before `attach`.
+        purpose: What it is trained on, as any text; the module sets it before `attach`, where the data are known and
+            `draws_by_purpose` is set. Random choices of adapters differ with it.
+        draws_by_purpose: Whether `attach` uses `purpose`.
+        choices: How often other entries than before were chosen to be trained since `attach`.
+        moves_entries: Whether that can happen after something was learned.
         reads_weights: Whether `attach` reads base weights, which under sharding may not be in memory yet.
         joins_shards: Whether `attach` takes a model that is sharded already; else it comes before.
     """
 
     source: str | None = None
+    purpose: str = ""
+    draws_by_purpose: bool = False
+    choices: int = 0
+    moves_entries: bool = False
     reads_weights: bool = False
     joins_shards: bool = False
 
@@ -109,6 +118,13 @@ class Adapter(ABC):
 
     def gradients_ready(self) -> None:  # noqa: B027
         """Hear that the last backward pass of a step is over, before gradients are clipped."""
+
+    def wants_single_rows(self, steps: int = 1) -> bool:
+        """Return whether each row must have a forward and backward pass of its own in one of the next steps."""
+        return False
+
+    def backward_ready(self) -> None:  # noqa: B027
+        """Hear that the backward pass of a micro-batch is over."""
 
     def take_resized(self) -> bool:
         """Return, once, whether parameters were replaced by others since the last call."""

@@ -16,12 +16,16 @@ def is_first_rank() -> bool:
     return not several_ranks() or dist.get_rank() == 0
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average a tensor over all ranks, in place; a collective."""
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Add up a tensor over all ranks, in place; a collective."""
     if several_ranks():
         dist.all_reduce(values)
-        values /= dist.get_world_size()
     return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Average a tensor over all ranks, in place; a collective."""
+    return sum_over_ranks(values).div_(dist.get_world_size()) if several_ranks() else values
 
 
 def from_rank_zero(values: Tensor) -> Tensor:

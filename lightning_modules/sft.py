@@ -106,19 +106,19 @@ class SFTModule(CausalLMModule):
         logits_BTV = completion_logits(self, input_ids, attention_mask, T, temperature=1.0)
         return token_logprobs(logits_BTV, input_ids[:, -T:]), mask_BT
 
-    def _micro_batches(self, batch: TextBatch) -> list[MicroBatch]:
-        """Tokenised prompts and answers, grouped within the token budget."""
+    def _micro_batches(self, batch: TextBatch, *, single: bool = False) -> list[MicroBatch]:
+        """Tokenised prompts and answers, grouped within the token budget, or one by one."""
         answers = self.encode_answers(batch.answers)
         prompts = self.encode_prompts(batch.prompts, room=max(map(len, answers)), uids=batch.uids)
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return [
             MicroBatch(rows, [prompts[i] for i in rows], [answers[i] for i in rows])
-            for rows in plan_micro_batches(lengths, self.max_tokens_per_microbatch)
+            for rows in plan_micro_batches(lengths, 1 if single else self.max_tokens_per_microbatch)
         ]
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> None:
         """One update from one batch."""
-        own = self._micro_batches(batch)
+        own = self._micro_batches(batch, single=self.adapter.wants_single_rows())
         tokens_B = torch.zeros(len(batch))
         for rows, _, answers, _ in own:
             tokens_B[rows] = torch.tensor([float(len(answer)) for answer in answers])

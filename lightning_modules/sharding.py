@@ -87,6 +87,12 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in found if module._get_fsdp_state()._fsdp_param_group is not None]
 
 
+def gathered_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the type that sharded layers compute in; None for that of their weights, or for a plain model."""
+    policies = [module._get_fsdp_state()._mp_policy for module in sharded_modules(model)]
+    return next((policy.param_dtype for policy in policies), None)
+
+
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Hold the whole model on every rank, so that ranks may run it as often as each of them wants.

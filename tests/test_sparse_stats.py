@@ -98,13 +98,13 @@ class States(lightning.Callback):
         )
 
 
-def fit(model, folder, *callbacks, module=None, max_steps=STEPS, **adapter):
+def fit(model, folder, *callbacks, module=None, max_steps=STEPS, lr=0.01, **adapter):
     """Train the tiny model on CPU; return what each step logged."""
     lightning.seed_everything(5, verbose=False)
     folder.mkdir(exist_ok=True)
     write_rows(folder / "rows.jsonl", ADDITIONS * 4)
     module = module or SparseAdapterModule(
-        model=model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01), **adapter
+        model=model, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr), **adapter
     )
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -182,6 +182,8 @@ def test_numbers_equal_python_sets(tiny_model, tmp_path, adapter, every):
     for step in range(every, STEPS + 1, every):
         expected = by_hand(states.kept[step - 1], previous, experts)
         found = {name: value for name, value in logged[step].items() if name.startswith("sparse/")}
+        rounded = [found.pop(f"sparse/{name}") for name in ("kept", "rounding_error", "unmoved")]
+        assert rounded == pytest.approx([1, 0, 0], abs=0.01)  # the base is float32
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-7), step
         previous = states.kept[step - 1]
     assert every == 1 or not any(name.startswith("sparse/") for name in logged[1])
@@ -205,6 +207,44 @@ def check_table(folder, state, experts):
             else:
                 shared = len(entries & theirs[row["weight"]]) / len(entries)
                 assert float(row[f"overlap/{name}"]) == shared
+
+
+def test_what_rounding_leaves_in_a_bfloat16_base_is_logged(tiny_model, tmp_path):
+    class Written(lightning.Callback):
+        """Measures on the weights themselves, after each step."""
+
+        def __init__(self):
+            self.measured = []
+
+        def on_fit_start(self, trainer, pl_module):
+            self.base = {
+                n: p.detach().double() for n, p in pl_module.model.named_parameters() if p.dim() == 2
+            }
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            wanted, arrived = [], []
+            for name, delta in pl_module.adapter.deltas.items():
+                moved = pl_module.model.get_parameter(name).detach().double() - self.base[name]
+                wanted.append(delta.values.double())
+                arrived.append(moved.flatten()[delta.indices.long()])
+            wanted, arrived = torch.cat(wanted), torch.cat(arrived)
+            kept = (arrived * wanted.sign()).clamp(min=0).minimum(wanted.abs())
+            still = (arrived == 0) & (wanted != 0)
+            self.measured.append(
+                {
+                    "sparse/kept": float(kept.norm() / wanted.norm()),
+                    "sparse/rounding_error": float((arrived - wanted).norm() / wanted.norm()),
+                    "sparse/unmoved": float(still.sum() / (wanted != 0).sum()),
+                }
+            )
+
+    written = Written()
+    options = {"schedule": schedules.Static(batches=0), "score": scores.weight_magnitude}
+    logged = fit(tiny_model, tmp_path, SparseStats(1), written, dtype="bfloat16", lr=1e-4, **options)
+    assert len(written.measured) == STEPS
+    for step, expected in enumerate(written.measured, 1):
+        assert {name: logged[step][name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert logged[1]["sparse/unmoved"] > 0.3
 
 
 def test_dense_and_unchosen_phases_are_told_apart(tiny_model, tmp_path):

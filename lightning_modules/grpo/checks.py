@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.grpo.audit import cuts_off
 from lightning_modules.grpo.estimators import GDPO
-from lightning_modules.grpo.reference import Snapshot
+from lightning_modules.grpo.reference import MOVES, Snapshot
 from lightning_modules.grpo.steps import RolloutSteps
 from lightning_modules.ranges import check_whole
 
@@ -39,6 +39,17 @@ def check_settings(module: RolloutSteps, *, trains_base: bool) -> None:
             f"kl.coef={module.kl.coef} with adapter=None: full fine-tuning leaves no base policy to compare "
             "with. Set kl.coef: 0, keep a copy with kl.reference: lightning_modules.grpo.reference.Snapshot, or train "
             "an adapter such as peft.LoraConfig."
+        )
+    reference = module.kl.reference
+    if (
+        module.kl.coef
+        and isinstance(reference, Snapshot)
+        and reference.every
+        and module.adapter.moves_entries
+    ):
+        raise ValueError(
+            f"kl.reference=Snapshot with every={reference.every}: a renewed copy holds values of the entries of its "
+            f"time, and this adapter chooses others during the run. {MOVES}"
         )
     if module.kl.coef and module.kl.in_reward and isinstance(module.advantage, GDPO):
         raise ValueError(

@@ -10,10 +10,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.ranges import check_number, check_whole
-from lightning_modules.sharding import copy_rows, sharded_modules
+from lightning_modules.ranks import sum_over_ranks
+from lightning_modules.sharding import copy_rows, local, read, sharded_like, sharded_modules
+
+MOVES = (
+    "Use a schedule that chooses before anything is trained (Static), a copy that is never renewed (every: null), or "
+    "the base policy (kl.reference: null)."
+)
 
 
 class Reference(ABC):
@@ -55,7 +62,11 @@ class Snapshot(Reference):
     Never brought up to date it is the frozen reference of full fine-tuning, or of an adapter that training started
     from. With `every` it is TR-DPO's soft or hard update (arXiv 2404.09656, section 3), which TRL calls
     `sync_ref_model`: reference = mix x policy + (1 - mix) x reference. Costs the memory of the trained weights once
-    more, twice while the reference runs.
+    more, twice while the reference runs; a copy that is mixed is float32, since small shares of a step vanish in
+    bfloat16.
+
+    A sparse adapter may choose its weights during the run as long as the copy changes nothing, which is the base
+    policy whatever is trained; a copy of learned values belongs to the entries of its time.
 
     Args:
         every: Updates after which the copy is renewed; None never renews it.
@@ -68,10 +79,17 @@ class Snapshot(Reference):
         self.every = every
         self.mix = mix
         self._copies: dict[str, Tensor] = {}
+        self._choices = 0
 
     def start(self, module: CausalLMModule) -> None:
         """Copy what is trained."""
-        self._copies = {name: one.detach().clone() for name, one in _trained(module).items()}
+        self._copies = {name: self._copy(one) for name, one in _trained(module).items()}
+        self._choices = module.adapter.choices
+
+    def _copy(self, trained: Tensor) -> Tensor:
+        mixes = self.every is not None and self.mix < 1
+        kind = torch.promote_types(trained.dtype, torch.float32) if mixes else trained.dtype
+        return trained.detach().to(kind, copy=True)
 
     @contextmanager
     def context(self, module: CausalLMModule) -> Iterator[None]:
@@ -90,7 +108,7 @@ class Snapshot(Reference):
             return
         with torch.no_grad():
             for name, one in self._matching(module).items():
-                self._copies[name].lerp_(one, self.mix)
+                self._copies[name].lerp_(one.to(self._copies[name].dtype), self.mix)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the copy."""
@@ -108,19 +126,30 @@ class Snapshot(Reference):
                 "run that wrote it."
             )
         for name, copy in self._copies.items():
-            copy_rows(copy, state[name])
+            if copy.shape == state[name].shape:
+                copy_rows(copy, state[name])
+            else:  # of another number of entries than those before the first choice
+                self._copies[name] = read(state[name]).to(copy.dtype)
 
     def _matching(self, module: CausalLMModule) -> dict[str, Tensor]:
-        """What is trained; the copy moves to where it is."""
+        """What is trained; the copy moves to where it is, and to other entries where it changes none."""
         trained = _trained(module)
-        if {name: one.shape for name, one in trained.items()} != {
-            name: one.shape for name, one in self._copies.items()
-        }:
-            raise ValueError(
-                "kl.reference=Snapshot cannot follow an adapter whose trained entries change during the run. Use a "
-                "schedule that chooses them once, or the base policy (kl.reference: null)."
-            )
-        self._copies = {name: copy.to(trained[name].device) for name, copy in self._copies.items()}
+        moved = self._choices != module.adapter.choices
+        if moved or any(one.shape != self._copies[name].shape for name, one in trained.items()):
+            changes = torch.stack([local(one).count_nonzero().float() for one in self._copies.values()]).sum()
+            if float(sum_over_ranks(changes.to(module.device))):
+                raise ValueError(
+                    f"kl.reference=Snapshot: the adapter has chosen other entries to train, and the copy holds values "
+                    f"of those before. {MOVES}"
+                )
+            self._copies = {name: torch.zeros_like(self._copy(one)) for name, one in trained.items()}
+            self._choices = module.adapter.choices
+        self._copies = {
+            name: copy.to(trained[name].device)
+            if isinstance(copy, DTensor)
+            else sharded_like(copy, trained[name])
+            for name, copy in self._copies.items()
+        }
         return trained
 
 

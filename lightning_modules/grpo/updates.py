@@ -104,7 +104,8 @@ class PolicyUpdates(RolloutEvaluation):
             norm = self.update(
                 [partial(self._share_of_loss, one, share, means, audit) for one in micro_batches]
             )
-            self.kl.policy.after_update(self)
+            if self.kl.coef:
+                self.kl.policy.after_update(self)
             means.add("grad_norm", norm)
         return True
 
@@ -123,7 +124,10 @@ class PolicyUpdates(RolloutEvaluation):
             pad_token_id=self.pad_token_id,
             device=self.device,
         )
+        single = self.adapter.wants_single_rows(self.updates_per_rollout)
         plan = passes.plan(rows, self.max_tokens_per_microbatch)
+        if single:
+            plan = [[i] for chosen in plan for i in chosen]
         found = [put([rows[i] for i in chosen]) for chosen in plan] or [put([filler])]
         return self.in_step(found, lambda: put([filler]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.library.adapter import RoutedAdapter
@@ -44,6 +45,7 @@ def export_library(
         raise ValueError(f"output={output!r} exists already. Give a new folder, or remove that one.")
     adapter = RoutedAdapter(router, library, experts, mixing=mixing)
     adapter.source = base_of(AdapterLibrary(library), base)
-    adapter.attach(AutoModelForCausalLM.from_pretrained(resolve_model(adapter.source)))
+    # Experts take the type of the base, so that a base in half precision would round what is written.
+    adapter.attach(AutoModelForCausalLM.from_pretrained(resolve_model(adapter.source), dtype=torch.float32))
     export_mixture(adapter, Path(output), task)
     print(f"Wrote one LoRA adapter of {len(adapter.stacked.names)} experts to {output}")  # noqa: T201

@@ -42,14 +42,17 @@ class SparseStack(ExpertStack):
     """
 
     def __init__(self, deltas: Sequence[SparseDelta | None], shape: tuple[int, int]) -> None:
-        present = torch.tensor([delta is not None for delta in deltas])
+        # Where the changes are, whatever device is the default one: the stack moves as a whole later.
+        device = next((delta.values.device for delta in deltas if delta is not None), None)
+        present = torch.tensor([delta is not None for delta in deltas], device=device)
         super().__init__(present, shape[1], shape[0])
-        if not bool(present.any()):
+        if device is None:
             raise ValueError("deltas: no expert changes this layer, so it needs no stack.")
         for number, delta in enumerate(deltas):
             if delta is not None and delta.shape not in (None, shape):
                 raise ValueError(f"deltas: expert {number} has shape {delta.shape}, and the weight {shape}.")
-        nothing = SparseDelta(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+        none = torch.zeros(0, device=device)
+        nothing = SparseDelta(none.long(), none)
         rows = [_compress(nothing if delta is None else delta, shape) for delta in deltas]
         columns = [
             _compress(_transpose(nothing if delta is None else delta, shape), shape[::-1]) for delta in deltas
@@ -205,7 +208,7 @@ def _per_token(part: Tensor, x: Tensor) -> Tensor:
 def _compress(delta: SparseDelta, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return where rows start, int32 (rows + 1), the column of each entry, int32 (K), and its value (K)."""
     indices = delta.indices.long()
-    starts = torch.zeros(shape[0] + 1, dtype=torch.int32)
+    starts = torch.zeros(shape[0] + 1, dtype=torch.int32, device=indices.device)
     starts[1:] = torch.bincount(indices // shape[1], minlength=shape[0]).cumsum(0)
     return starts, (indices % shape[1]).int(), delta.values.detach().float()
 

@@ -94,7 +94,9 @@ def ties(experts: Sequence[TaskVector], *, density: float = 0.2, scale: float = 
     Each expert keeps its int(density x entries) largest magnitudes of a parameter, earlier positions first
     among equal ones. The sign of an entry is that of the sum of what was kept; merged = scale x mean of the
     kept values of that sign. Deviations: the paper trims over the whole model, this over each parameter, as
-    PEFT does; a sum of exactly 0 elects plus, as in PEFT, where the authors take the majority sign of all.
+    PEFT does, so that a parameter of small changes keeps as many entries as one of large ones and the norm is at
+    most that of the paper's trimming; a sum of exactly 0 elects plus, as in PEFT, where the authors take the
+    majority sign of all.
 
     Args:
         experts: Task vectors. A sparse expert with fewer entries than the budget keeps all of them.

@@ -70,7 +70,8 @@ def merge_experts(
         base: The base model, as in `model:` of a configuration; by default what the experts name.
         to: What to write: the whole model, a sparse adapter, or a LoRA adapter that approximates the result.
         rank: Of the LoRA adapter.
-        dtype: Of the model's weights on disk.
+        dtype: Of the model's weights on disk. The share of the change's norm that it keeps is printed; below 90%
+            there is a warning.
         options: Settings of the method, such as --options.density 0.2.
 
     Raises:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_modules.merging.lora import as_lora
-from lightning_modules.sparse.delta import SparseDelta
+from lightning_modules.rounding import Rounding, name_of, rounding
+from lightning_modules.sparse.delta import SparseDelta, write_entries
 from lightning_modules.sparse.storage import fingerprint, write_sparse
 
 # Name and change of each parameter, shaped.
@@ -29,17 +30,34 @@ def write_model(folder: Path, changes: Changes, model: Any, *, dtype: torch.dtyp
         dtype: Of the file.
 
     Returns:
-        What there is to say about it: nothing.
+        Sentences: the share of the norm of all changes that the type keeps, and a warning where it is small.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
+    found = Rounding()
     for name, change in changes:
         weight = weights[name]
         if isinstance(change, SparseDelta):
-            weight.view(-1).index_add_(0, change.indices, change.values)
+            entries = weight.view(-1).index_select(0, change.indices)
+            found += rounding(entries, change.values, dtype)
+            write_entries(weight, change.indices, entries + change.values)
         else:
+            found += rounding(weight, change, dtype)
             weight.add_(change)
     model.to(dtype).save_pretrained(folder)
-    return ""
+    return _kept(found, dtype)
+
+
+def _kept(found: Rounding, dtype: torch.dtype) -> str:
+    name = name_of(dtype)
+    said = f"{name} keeps {found.share:.1%} of the norm of the change (relative error {found.error:.2g})."
+    if found.suffices:
+        return said
+    remedy = (
+        "Write the model with --dtype float32, or an adapter with --to sparse or --to lora."
+        if dtype != torch.float32
+        else "The change is far smaller than the weights: write an adapter with --to sparse or --to lora."
+    )
+    return f"{said}\nWarning: the rest is rounded away, so the model is not the merge that was asked for. {remedy}"
 
 
 def write_sparse_adapter(folder: Path, changes: Changes, model: nn.Module, *, source: str) -> str:

@@ -18,12 +18,15 @@ def iso_c(experts: Sequence[TaskVector], *, scale: float = 1.0) -> dict[str, Del
     """Iso-C (arXiv 2502.04959): give all directions of the sum the same strength.
 
     With the SVD sum_i delta_i = U S V^T of rank r, merged = scale x mean(S_1..S_r) x U V^T. Deviation: r is
-    the numerical rank, where the authors' code takes min(out, in). Both agree for full fine-tuning; for
-    LoRA it keeps out directions that no expert uses and that the SVD chooses arbitrarily.
+    the numerical rank, where the authors' code takes m = min(out, in). Both agree for full fine-tuning; for
+    LoRA it keeps out directions that no expert uses and that the SVD chooses arbitrarily. With it changes the
+    norm: sum(S) / sqrt(r) here, sum(S) / sqrt(m) there, so that the result is sqrt(m / r) times as long. Four
+    experts of rank 8 on 576 x 576 weights have r = 32: 4.2 times; sixteen have r = 128: 2.1 times.
 
     Args:
         experts: Task vectors.
-        scale: Of the merged vector, alpha in the paper.
+        scale: Of the merged vector, alpha in the paper. For experts of low rank an alpha that was found with the
+            authors' code becomes alpha x sqrt(r / m) here, r being the rank of the sum.
 
     Returns:
         The merged task vector, dense float32.
@@ -46,7 +49,8 @@ def tsv_m(experts: Sequence[TaskVector], *, scale: float = 1.0) -> dict[str, Del
     Of N experts each keeps its k = max(1, min(out, in) // N) leading singular triplets. U = [U_1 .. U_N], and
     V likewise, is replaced by the nearest matrix with orthonormal columns (Procrustes: with the SVD
     U = P D Q^T that is P Q^T); merged = scale x U S V^T. Deviation: triplets beyond the numerical rank of an
-    expert, which have no definite direction, are left out; for full fine-tuning there are none.
+    expert, which have no definite direction, are left out; for full fine-tuning there are none. The norm is the
+    authors', sqrt(sum S^2) over the kept triplets, because those that are left out have S = 0.
 
     Args:
         experts: Task vectors.

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from lightning_modules.adapters import Adapter
 from lightning_modules.ranges import check_whole
 from lightning_modules.ranks import several_ranks
-from lightning_modules.sharding import read, sharded_modules, whole
+from lightning_modules.sharding import gathered_dtype, read, sharded_modules, whole
 from lightning_modules.sparse.delta import SparseDelta
 from lightning_modules.sparse.masks import Structure, check_density, unit_sums
+from lightning_modules.sparse.rounding_watch import RoundingWatch
 from lightning_modules.sparse.schedules import Schedule, Static
 from lightning_modules.sparse.scores import Score, snip
 from lightning_modules.sparse.selection import Rule, Selection
@@ -35,8 +36,13 @@ class SparseAdapter(Adapter):
 
     What is learned is one float32 vector of values for each weight; indices are buffers. Values are written
     into the base weight after each optimiser step, so a forward pass costs what it costs without adapter, and
-    optimiser moments have the size of the values (see `SparseWeight`). Under a bfloat16 base what is written
-    is rounded, what is learned is not.
+    optimiser moments have the size of the values (see `SparseWeight`). Under a bfloat16 base, or where the model
+    computes in bfloat16, what it computes with is rounded, what is learned is not: small changes of large weights
+    vanish. What is lost is measured after the first update, and there is a warning if it is more than 5%.
+
+    A score that draws random numbers draws others for each weight, and for each expert: they depend on the run's
+    seed, the weight's name, the step and the training data (tasks, number of rows, some prompts), which modules of
+    ours read from their datamodule. The same configuration on the same data chooses the same weights.
 
     Weights are chosen by a score, from gradients that ordinary training steps make anyway: there is no extra
     pass. Gradients are averaged over ranks before they are scored, and rank 0's scores count, so that every
@@ -85,7 +91,10 @@ class SparseAdapter(Adapter):
         self.budget: Literal["layer", "global"] = budget
         self.schedule = schedule
         self.joins_shards = True
+        self.draws_by_purpose = True
+        self.moves_entries = not schedule.once
         self.weights: list[SparseWeight] = []
+        self.rounding = RoundingWatch()
         self._is_watched = False
         self._has_warned = False
 
@@ -109,9 +118,11 @@ class SparseAdapter(Adapter):
             _sparse_weight(name, model.get_parameter(name), found) for name, found in users.items()
         ]
         rule = Rule(self.density, self.score, self.structure, self.block, self.budget, self.schedule)
-        self.selection = Selection(self.weights, rule)
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        seed = int(torch.randint(2**62, ()))
+        self.selection = Selection(self.weights, rule, (seed, self.purpose))
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         try:
+            self._check_examples()
             self.selection.start()
         except Exception:
             self.remove()
@@ -140,6 +151,25 @@ class SparseAdapter(Adapter):
         for module in sharded_modules(self._model):
             module.reshard()
 
+    def wants_single_rows(self, steps: int = 1) -> bool:
+        """Return whether scores need the gradient of each row by itself in one of the next steps."""
+        return self.selection.observes_examples(steps)
+
+    def backward_ready(self) -> None:
+        """Score the row whose backward pass is over, where scores are of single rows."""
+        if self.selection.observes_examples():
+            self.selection.take_example()
+
+    def _check_examples(self) -> None:
+        """Refuse scores of single rows where ranks exchange gradients before anybody sees them."""
+        if getattr(self.score, "per_example", False) and any(
+            isinstance(weight, ShardedSparseWeight) for weight in self.weights
+        ):
+            raise ValueError(
+                f"score={_name(self.score)} needs the gradient of each row, but FSDP2 averages those of all ranks "
+                "first. Choose the weights on one device or under DDP, or take another score, such as snip."
+            )
+
     def gradients_ready(self) -> None:
         """Give values the gradient of the step that is about to be made; a collective under sharding."""
         for weight in self.weights:
@@ -158,12 +188,18 @@ class SparseAdapter(Adapter):
         for weight in self.weights:
             weight.write()
 
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.synchronize()
         if not torch.is_grad_enabled():
             return
+        if self.selection.observes_examples():
+            self.selection.take_example()  # of the pass before, in a loop that does not tell
+            _check_single(args, kwargs)
+        self.rounding.before_forward(self.weights[0].device.type, gathered_dtype(self._model))
         for weight in self.weights:
             weight.forget_unmade_step()
+        if all(weight.values.grad is None for weight in self.weights):
+            self.selection.forget_examples()  # of a step that was not made
         if module.training and not (self._is_watched or self._has_warned or self.selection.is_over):
             self._has_warned = True
             rank_zero_warn(
@@ -248,7 +284,9 @@ class SparseAdapter(Adapter):
     def _after_step(self, optimizer: Optimizer, epoch: int) -> None:
         for weight in self.weights:
             weight.write(always=True)
+        self.rounding.after_step(self.weights)  # before other entries are chosen
         self.selection.after_step(optimizer, epoch)
+        self.choices = self.selection.choices
         self._forget_gathered()
 
     # ------------------------------------------------------------------ state and files
@@ -330,6 +368,21 @@ class SparseAdapter(Adapter):
             "fingerprint": self._fingerprint,
         }
         write_sparse(folder, [(weight.name, _delta(weight, state)) for weight in self.weights], config)
+
+
+def _name(score: Score) -> str:
+    return getattr(score, "__name__", type(score).__name__)
+
+
+def _check_single(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that a forward pass is of one row, whose gradient is scored by itself."""
+    inputs = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.dim()]
+    if inputs and len(inputs[0]) > 1:
+        raise ValueError(
+            f"A score of single examples, such as fisher, needs the gradient of each row by itself, and this forward "
+            f"pass has {len(inputs[0])} rows. Run one row in each forward and backward pass in the steps before a "
+            "choice, or train through SFTModule, SparseAdapterModule or GRPOModule, which do so."
+        )
 
 
 def _sparse_weight(name: str, weight: nn.Parameter, users: Sequence[nn.Module]) -> SparseWeight:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -32,9 +31,20 @@ class SparseDelta(NamedTuple):
             raise ValueError(
                 "This sparse delta has no shape. Give it one: SparseDelta(indices, values, shape)."
             )
-        flat = torch.zeros(math.prod(self.shape), dtype=self.values.dtype, device=self.values.device)
-        flat[self.indices.long()] = self.values
-        return flat.view(self.shape)
+        dense = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
+        write_entries(dense, self.indices, self.values)
+        return dense
+
+
+def write_entries(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
+    """Overwrite entries of a weight in place; deterministic, which `put_` is not, and as fast.
+
+    Args:
+        weight: Contiguous, any shape; its memory is written.
+        indices: Positions in the flattened weight, unique (K).
+        entries: What is written there, of the weight's type (K).
+    """
+    weight.view(-1).index_copy_(0, indices.long(), entries)
 
 
 def check_indices(name: str, indices: Tensor, size: int) -> None:

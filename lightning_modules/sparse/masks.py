@@ -84,7 +84,7 @@ def select_across(
     flat_sizes = torch.cat(list(sizes.values()))
     means = torch.cat([one.flatten() for one in sums.values()]) / flat_sizes
     order = means.argsort(descending=True, stable=True)
-    fits = flat_sizes[order].double().cumsum(0) <= limit
+    fits = flat_sizes[order].long().cumsum(0) <= limit
     count = max(1, int(fits.sum()))
     chosen = torch.zeros(len(means), dtype=torch.bool, device=means.device)
     chosen[order[:count]] = True
@@ -176,7 +176,7 @@ def budget(density: float, count: int) -> int:
 
 def top(scores: Tensor, count: int) -> Tensor:
     """Return the positions of the `count` highest of a vector, ties in the order of position."""
-    threshold = scores.kthvalue(len(scores) - count + 1).values
+    threshold = scores.topk(count, sorted=False).values.min()  # kthvalue is not deterministic on GPUs
     above = (scores > threshold).nonzero().flatten()
     level = (scores == threshold).nonzero().flatten()
     return torch.cat([above, level[: count - len(above)]])

@@ -17,11 +17,13 @@ class Schedule(ABC):
         dense: Before the first choice all target weights are trained; else none, and these steps only
             observe gradients.
         batches: A choice rests on the gradients of this many steps, the last ones before it.
+        once: The only choice comes before anything is trained.
         keeps: Values of dropped entries come back when they are chosen again; else entries start at zero.
         first_score: Score of the first choice; None takes the adapter's.
     """
 
     dense: ClassVar[bool] = False
+    once: ClassVar[bool] = False
     batches: int = 1
     keeps: bool = False
     first_score: Score | None = None
@@ -57,6 +59,7 @@ class Static(Schedule):
             chooses before the first batch, for scores without gradient.
     """
 
+    once: ClassVar[bool] = True
     batches: int = 1
 
     def __post_init__(self) -> None:

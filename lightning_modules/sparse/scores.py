@@ -2,6 +2,8 @@
 
 Each takes, for one weight, the adapted weight W + dW, the learned change dW, and the gradient g of the loss
 of one batch with respect to it, all of one shape, and returns a score for each element. The highest win.
+g is that of the whole optimiser step, over its micro-batches and ranks; scores of several steps are added up. SNIP
+and RigL score so too. Scores marked by `of_examples` get the gradient of one row at a time.
 Write your own with these three arguments and name it by its import path.
 """
 
@@ -51,14 +53,30 @@ def gradient_magnitude(weight: Tensor, delta: Tensor, gradient: Tensor) -> Tenso
     return gradient.abs()
 
 
-def fisher(weight: Tensor, delta: Tensor, gradient: Tensor) -> Tensor:
-    """g^2 of a batch: the diagonal of the empirical Fisher information, as FISH Mask (arXiv 2111.09839).
+def of_examples(score: Score) -> Score:
+    """Mark a score that must see the gradient of each example by itself; what it returns is added up over them.
 
-    Deviation: the square is taken of a batch's mean gradient, not of each example's.
+    A score that is not linear in the gradient needs this where it means examples: the mean of squares is not the
+    square of the mean. `SparseAdapter` then wants one row in each forward pass while it observes, and modules of ours
+    give it that.
+    """
+    score.per_example = True  # type: ignore[attr-defined]
+    return score
+
+
+@of_examples
+def fisher(weight: Tensor, delta: Tensor, gradient: Tensor) -> Tensor:
+    """g^2 of each example: the diagonal of the empirical Fisher information, as FISH Mask (arXiv 2111.09839, eq. 3).
+
+    An example is a row: a prompt with its answer, or with one completion and its advantage. Its gradient is that of its
+    share of the step's loss, so that scores have another scale than the paper's, and the same order.
     """
     return gradient.square()
 
 
 def random(weight: Tensor, delta: Tensor, gradient: Tensor) -> Tensor:
-    """Uniform random numbers: the baseline. Needs no gradient."""
+    """Uniform random numbers: the baseline. Needs no gradient.
+
+    `SparseAdapter` seeds them by weight and by expert, so that experts of one configuration differ in what they train.
+    """
     return torch.rand(weight.shape, device=weight.device)

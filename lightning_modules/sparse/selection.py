@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_modules.ranks import from_rank_zero
+from lightning_modules.ranks import from_rank_zero, mean_over_ranks
 from lightning_modules.sharding import whole
+from lightning_modules.sparse.draws import draws_of
 from lightning_modules.sparse.masks import Structure, budget, count_units, replace, select, select_across
 from lightning_modules.sparse.moments import carry_moments, positions, taken
 from lightning_modules.sparse.schedules import Schedule
@@ -37,24 +38,32 @@ class Selection:
     Args:
         weights: The target weights.
         rule: How to choose.
+        seeds: What random scores depend on, beside the weight's name and the step.
 
     Attributes:
         step: Optimiser steps made.
         epoch: Epoch of the last one, from 0.
         was_chosen: Whether the schedule has made a choice.
+        choices: How often weights were chosen since the start.
         resized: Whether values became new parameters since this was last set to False.
         sums: Scores that have added up for the next choice, by weight.
+        examples: Scores of the single examples of the step that runs, of this rank, by weight.
         dropped: Last value of each entry that was ever trained, by weight, where the schedule keeps them (N).
     """
 
-    def __init__(self, weights: Sequence[SparseWeight], rule: Rule) -> None:
+    def __init__(
+        self, weights: Sequence[SparseWeight], rule: Rule, seeds: tuple[int | str, ...] = ()
+    ) -> None:
         self.weights = weights
         self.rule = rule
+        self.seeds = seeds
         self.step = 0
         self.epoch = 0
         self.was_chosen = False
+        self.choices = 0
         self.resized = False
         self.sums: dict[str, Tensor] = {}
+        self.examples: dict[str, Tensor] = {}
         self.dropped: dict[str, Tensor] = {}
 
     def start(self) -> None:
@@ -88,13 +97,41 @@ class Selection:
         """Whether no choice is due any more."""
         return self.rule.schedule.over(self.step, self.epoch)
 
+    @property
+    def of_examples(self) -> bool:
+        """Whether the next choice scores the gradient of each example by itself."""
+        return getattr(self._next_score, "per_example", False)
+
+    def observes_examples(self, steps: int = 1) -> bool:
+        """Return whether one of the next optimiser steps needs the gradients of single examples."""
+        schedule = self.rule.schedule
+        later = range(self.step + 1, self.step + 1 + steps)
+        return self.of_examples and any(
+            schedule.observes(step, self.epoch) and not schedule.over(step - 1, self.epoch) for step in later
+        )
+
+    def take_example(self) -> None:
+        """Score the gradients of one example, whose backward pass is over."""
+        for weight in self.weights:
+            if weight.observing and (gradient := weight.take_observed()) is not None:
+                score = self._score(weight, gradient)
+                if weight.name in self.examples:
+                    score += self.examples[weight.name]
+                self.examples[weight.name] = score
+
+    def forget_examples(self) -> None:
+        """Drop what was scored of a step that was not made."""
+        self.examples = {}
+
     def before_step(self, epoch: int) -> None:
         """Score the gradients of the step that is about to be made, if a choice needs them."""
         schedule = self.rule.schedule
         if schedule.over(self.step, epoch) or not schedule.observes(self.step + 1, epoch):
             return
+        if self.of_examples:
+            self.take_example()
         for weight in self.weights:
-            score = weight.keep(self._score(weight, weight.gradient()))
+            score = weight.keep(self._step_score(weight))
             if weight.name in self.sums:
                 score += self.sums[weight.name]
             self.sums[weight.name] = score
@@ -109,6 +146,7 @@ class Selection:
         if self.rule.schedule.due(self.step, epoch):
             self._choose(self._take_scores(), optimizer)
             self.was_chosen = True
+            self.choices += 1
         self.prepare(epoch)
 
     def prepare(self, epoch: int) -> None:
@@ -121,7 +159,9 @@ class Selection:
         for weight in self.weights:
             weight.idle = not (self.was_chosen or schedule.dense)
             weight.observing = not over and schedule.observes(self.step + 1, epoch)
+            weight.of_examples = self.of_examples
             weight.observed = None
+        self.examples = {}
 
     def check(
         self, parts: dict[SparseWeight, tuple[Tensor, Tensor | None]], step: int, was_chosen: bool, epoch: int
@@ -161,6 +201,18 @@ class Selection:
                     f"structure={rule.structure!r} gives {budget(rule.density, units)}. {remedy}"
                 )
 
+    def _step_score(self, weight: SparseWeight) -> Tensor:
+        """Score the gradient of a step, over all ranks; of examples, return their mean over ranks."""
+        if not self.of_examples:
+            return self._score(weight, weight.gradient())
+        found = self.examples.get(weight.name)
+        return mean_over_ranks(torch.zeros(weight.shape, device=weight.device) if found is None else found)
+
+    @property
+    def _next_score(self) -> Score:
+        first = self.rule.schedule.first_score
+        return self.rule.score if self.was_chosen or first is None else first
+
     def _score(self, weight: SparseWeight, gradient: Tensor) -> Tensor:
         adapted = weight.weight.float()
         if weight.indices is None:
@@ -171,9 +223,8 @@ class Selection:
             change = self._last_values(weight).view(adapted.shape)
         else:
             change = weight.delta.dense()
-        first = self.rule.schedule.first_score
-        score = self.rule.score if self.was_chosen or first is None else first
-        return score(adapted, change, gradient.float()).detach()
+        with draws_of(weight.device, *self.seeds, weight.name, self.step):
+            return self._next_score(adapted, change, gradient.float()).detach()
 
     def _take_scores(self) -> dict[str, Tensor]:
         """Return the scores that have added up, rank 0's on every rank."""

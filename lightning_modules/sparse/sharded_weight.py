@@ -6,6 +6,7 @@ Shapes: K trained entries of the whole weight, k of them in this rank's rows; N 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_modules.rounding import Rounding, rounding
 from lightning_modules.sharding import local, local_rows, sharded_like, whole
-from lightning_modules.sparse.delta import SparseDelta
+from lightning_modules.sparse.delta import SparseDelta, write_entries
 from lightning_modules.sparse.weight import BASE, INDICES, VALUES, SparseWeight
 
 
@@ -79,6 +81,11 @@ class ShardedSparseWeight(SparseWeight):
         return self.shard.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.shard.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where this rank's rows are."""
         return local(self.shard).device
@@ -138,6 +145,19 @@ class ShardedSparseWeight(SparseWeight):
         self.write(always=True)
         return resized
 
+    def rounding(self, dtype: torch.dtype | None = None) -> Rounding:
+        """Measure what arrives of the learned change in what the model computes with; a collective.
+
+        Args:
+            dtype: What it computes in; None for the weight's type.
+        """
+        base = self._base()
+        found = rounding(base, self._own_values(), dtype or base.dtype)
+        sums = torch.tensor(astuple(found), dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums, group=self._group)
+        wanted, kept, lost, changes, still = sums.tolist()
+        return Rounding(wanted, kept, lost, int(changes), int(still))
+
     def write(self, *, always: bool = False) -> None:
         """Write base + values into this rank's rows; a collective.
 
@@ -173,13 +193,17 @@ class ShardedSparseWeight(SparseWeight):
 
     def _chosen(self) -> Tensor:
         base = self._base()
-        start = sum(self._counts[: self._spans.index(self._span)])
-        own = whole(self.values.detach())[start : start + len(base)]
-        return (base + own).to(base.dtype)
+        return (base + self._own_values()).to(base.dtype)
+
+    def _own_values(self) -> Tensor:
+        """Values of the entries in this rank's rows (k); a collective."""
+        place = self._spans.index(self._span)
+        start = sum(self._counts[:place])
+        return whole(self.values.detach())[start : start + self._counts[place]]
 
     def _scatter(self, weight: Tensor, entries: Tensor) -> None:
         if len(entries):
-            weight.put_(self._own_indices().long(), entries)
+            write_entries(weight, self._own_indices(), entries)
 
     def _own_indices(self) -> Tensor:
         return getattr(self.owner, INDICES)  # type: ignore[no-any-return]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.ranks import mean_over_ranks
-from lightning_modules.sparse.delta import SparseDelta
+from lightning_modules.rounding import Rounding, rounding
+from lightning_modules.sparse.delta import SparseDelta, write_entries
 from lightning_modules.sparse.layers import FORWARDS, with_gradient
 
 VALUES, INDICES, BASE = "sparse_values", "sparse_indices", "sparse_base"
@@ -37,6 +38,7 @@ class SparseWeight:
 
     Attributes:
         observing: Add up gradients of the whole weight; those of all entries are in `values` anyway.
+        of_examples: Add them up there too, because single examples are wanted.
         observed: Their sum since it was last taken, float32; None where there was none.
         idle: Values get zero gradients: nothing was chosen yet.
         line_dim: 0 where whole rows are trained, 1 where whole columns are, else None.
@@ -48,6 +50,7 @@ class SparseWeight:
         self.users = list(users)
         self.owner = self.users[0]
         self.observing = False
+        self.of_examples = False
         self.idle = False
         self.line_dim: int | None = None
         self.observed: Tensor | None = None
@@ -83,6 +86,11 @@ class SparseWeight:
     def device(self) -> torch.device:
         """Where the weight is."""
         return self.owner.get_parameter(self.weight_name).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.owner.get_parameter(self.weight_name).dtype
 
     @property
     def values(self) -> nn.Parameter:
@@ -132,6 +140,15 @@ class SparseWeight:
         self.line_dim = None if indices is None else _line_dim(indices, weight.shape)
         self.write()
         return resized
+
+    def rounding(self, dtype: torch.dtype | None = None) -> Rounding:
+        """Measure what arrives of the learned change in what the model computes with; under sharding a collective.
+
+        Args:
+            dtype: What it computes in; None for the weight's type.
+        """
+        base = self.weight.flatten() if self.indices is None else self._base()
+        return rounding(base, self.values.detach(), dtype or self.dtype)
 
     def write(self, *, always: bool = False) -> None:
         """Write base + values into the weight, where values have changed since the last time.
@@ -202,6 +219,11 @@ class SparseWeight:
             observed = torch.zeros(self.shape, device=self.device)
         return mean_over_ranks(observed)
 
+    def take_observed(self) -> Tensor | None:
+        """Return the gradients of the whole weight that this rank has observed since the last time."""
+        observed, self.observed = self.observed, None
+        return None if observed is None else observed.view(self.shape)
+
     def hand_out_gradient(self) -> None:
         """Give `values` the gradient of the step, where the backward pass has not."""
 
@@ -228,7 +250,7 @@ class SparseWeight:
 
     def _scatter(self, weight: Tensor, entries: Tensor) -> None:
         assert self.indices is not None
-        weight.put_(self.indices.long(), entries)
+        write_entries(weight, self.indices, entries)
 
     # ------------------------------------------------------------------ forward and backward
 
@@ -268,7 +290,7 @@ class SparseWeight:
 
     def gather(self, gradient: Tensor) -> Tensor:
         """Return the gradient of `values` from that of the weight; keep the whole one if it is observed."""
-        if self.observing and self.indices is not None:
+        if self.observing and (self.indices is not None or self.of_examples):
             if self.observed is None:
                 self.observed = torch.zeros_like(gradient, dtype=torch.float32)
             self.observed += gradient

@@ -12,8 +12,8 @@ from lightning_modules import SparseAdapter
 from lightning_modules.grpo.objective import MaskedImportance, Objective, TruncatedImportance
 from lightning_modules.grpo.policy_losses import GMPO, ClippedSurrogate
 from lightning_modules.grpo.reference import KL, Snapshot
-from lightning_modules.sparse.schedules import Static
-from lightning_modules.sparse.scores import random
+from lightning_modules.sparse.schedules import FirstEpochs, GrowAndDrop, OneShot, Static
+from lightning_modules.sparse.scores import gradient_magnitude, random, sensitivity, snip
 
 
 class Kept(FixedGRPO):
@@ -94,6 +94,95 @@ def test_a_mixed_snapshot_lies_between(tiny_model):
     trained = dict(zip(start, weights(module), strict=True))
     for name, copy in module.kl.reference._copies.items():
         torch.testing.assert_close(copy, 0.75 * start[name] + 0.25 * trained[name], atol=1e-6, rtol=1e-5)
+
+
+SCHEDULES = {
+    "static, some batches": lambda: {"schedule": Static(batches=1), "score": snip},
+    "static, weights compete": lambda: {"schedule": Static(batches=1), "score": snip, "budget": "global"},
+    "dense first": lambda: {"schedule": OneShot(steps=2), "score": sensitivity},
+    "chosen anew": lambda: {"schedule": FirstEpochs(every=1, epochs=9), "score": gradient_magnitude},
+    "replaced": lambda: {
+        "schedule": GrowAndDrop(every=1, steps=9, fraction=0.5),
+        "score": gradient_magnitude,
+    },
+}
+
+
+def scheduled(name):
+    return SparseAdapter(["q_proj", "up_proj"], density=0.2, **SCHEDULES[name]())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_snapshot_of_a_sparse_adapter_is_the_base_whatever_is_chosen(tiny_model, name):
+    """It starts without a change, and so does the base policy. Values of other entries must not be mixed up."""
+    ours, _ = run(tiny_model, scheduled(name), KL(0.5, reference=Snapshot()), steps=5)
+    theirs, _ = run(tiny_model, scheduled(name), KL(0.5), steps=5)
+    assert ours.adapter.choices == theirs.adapter.choices > 0
+    for a, b in zip(ours.kept, theirs.kept, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert max(float(one.abs().max()) for one in ours.kept) > 1e-4
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_without_a_coefficient_there_is_no_reference(tiny_model, name):
+    """`coef: 0` is off, whatever the reference would be: training is that without one, bit for bit."""
+    off = KL(0.0, reference=Snapshot(every=1))
+    ours, _ = run(tiny_model, scheduled(name), off, cls=FixedGRPO)
+    theirs, _ = run(tiny_model, scheduled(name), KL(), cls=FixedGRPO)
+    assert off.policy.tensors() == {}
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("adapter", [lora, lambda: None], ids=["lora", "full"])
+def test_without_a_coefficient_other_adapters_train_too(tiny_model, adapter):
+    off = KL(0.0, reference=Snapshot(every=1, mix=0.5))
+    module, trainer = run(tiny_model, adapter(), off, cls=FixedGRPO)
+    assert trainer.global_step == 4
+    assert module.kl.policy.tensors() == {}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_renewed_copy_of_entries_that_move_is_refused(tiny_model, name):
+    options = {"rewards": [max], "model": "nowhere", "adapter": scheduled(name)}
+    if name.startswith("static"):
+        FixedGRPO(**options, kl=KL(0.1, reference=Snapshot(every=2)))
+        module, _ = run(tiny_model, scheduled(name), KL(0.1, reference=Snapshot(every=2)), steps=5)
+        gaps = [float(one.abs().max()) for one in module.kept]
+        assert (
+            gaps[2] == gaps[4] == pytest.approx(0, abs=1e-5)
+        )  # renewed after the second and the fourth update
+        assert gaps[3] > 1e-4
+        return
+    with pytest.raises(ValueError, match="Snapshot with every=2: a renewed copy holds values of the entries"):
+        FixedGRPO(**options, kl=KL(0.1, reference=Snapshot(every=2)))
+
+
+def test_small_shares_of_a_step_reach_a_copy_of_half_precision(tiny_model):
+    """A hundredth of an update, mixed in a hundred times: in bfloat16 it would stay where it was."""
+    module, _ = run(
+        tiny_model, None, KL(0.1, reference=Snapshot(every=1, mix=0.01)), steps=0, dtype="bfloat16"
+    )
+    module.configure_model()
+    reference = module.kl.reference
+    with torch.no_grad():
+        for parameter in module.trained_parameters():
+            parameter.fill_(1.0)
+    reference.start(module)
+    with torch.no_grad():
+        for parameter in module.trained_parameters():
+            parameter.fill_(1.25)
+    for _ in range(100):
+        reference.after_update(module)
+    for copy in reference.tensors().values():
+        torch.testing.assert_close(copy, torch.full_like(copy, 1.25 - 0.25 * 0.99**100), rtol=1e-4, atol=0)
+    with reference.context(module):
+        assert {float(one.detach().flatten()[0]) for one in module.trained_parameters()} == {
+            1.15625
+        }  # nearest bfloat16
+    assert {float(one.detach().flatten()[0]) for one in module.trained_parameters()} == {1.25}
 
 
 def test_the_reward_pays_for_distance(tiny_model):

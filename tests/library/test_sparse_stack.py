@@ -39,6 +39,16 @@ def deltas():
     return made
 
 
+def test_an_expert_that_skips_the_layer_lies_where_the_others_do(deltas):
+    """Models are built while another device is the default one; experts come from files."""
+    with torch.device("meta"):
+        stack = SparseStack(deltas, (OUT, IN))
+    assert {buffer.device.type for buffer in stack.buffers()} == {"cpu"}
+    x, routing = torch.randn(B, S, IN), Routing(torch.randn(E))
+    expected = SparseStack(deltas, (OUT, IN))(x, routing, output_mixing)
+    assert torch.equal(stack(x, routing, output_mixing), expected)
+
+
 def dense(deltas) -> torch.Tensor:
     return torch.stack([torch.zeros(OUT, IN) if delta is None else delta.dense() for delta in deltas])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -201,6 +202,40 @@ def test_a_bfloat16_model(made, tiny_model):
     name, delta = next(iter(changes[0].items()))
     expected = (weights(tiny_model)[name] + delta.dense()).bfloat16()
     assert load_file("merged/model.safetensors")[name].equal(expected)
+
+
+KEEPS = re.compile(r"(\w+) keeps ([\d.]+)% of the norm of the change \(relative error (\S+)\)\.")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "lora", "model"])
+def test_what_the_type_keeps_of_the_change_is_printed(made, tiny_model, kind, capsys):
+    """Changes of one size are kept in float32, and rounded away in bfloat16 the more the smaller they are."""
+    [change] = made(kind)
+    before = weights(tiny_model)
+    printed = {}
+    for dtype, scale in [("float32", 1e-4), ("bfloat16", 10.0), ("bfloat16", 1e-4)]:
+        output = f"{dtype}_{scale}"
+        options = ["--method", "task_arithmetic", f"--options.scale={scale}", "--experts", "0"]
+        options += ["--base", tiny_model]
+        merge(*options, "--output", output, "--dtype", dtype)
+        out = capsys.readouterr().out
+        [(name, share, error)] = KEEPS.findall(out)
+        assert name == dtype
+        assert ("--dtype float32" in out) == ("Warning:" in out) == (float(share) < 90)
+        after = load_file(f"{output}/model.safetensors")
+        wanted, kept, lost = 0.0, 0.0, 0.0
+        for place, delta in change.items():
+            dense = scale * (delta.dense() if isinstance(delta, SparseDelta) else delta).double()
+            arrives = after[place].double() - before[place].to(getattr(torch, dtype)).double()
+            wanted += float(dense.square().sum())
+            kept += float((arrives * dense.sign()).clamp(min=0).minimum(dense.abs()).square().sum())
+            lost += float((arrives - dense).square().sum())
+        assert float(share) == pytest.approx(100 * (kept / wanted) ** 0.5, abs=0.06)
+        assert float(error) == pytest.approx((lost / wanted) ** 0.5, rel=0.06)
+        printed[output] = float(share)
+    assert printed["float32_0.0001"] > 99
+    assert printed["bfloat16_10.0"] > 90
+    assert printed["bfloat16_0.0001"] < 90
 
 
 def test_a_function_of_the_user(made, tiny_model):

@@ -41,6 +41,33 @@ def test_iso_c_invents_no_directions():
     assert torch.linalg.svdvals(merged)[2:].max() < 1e-5
 
 
+def authors_iso_c(matrices):
+    """Formula of the authors' code: all min(out, in) directions get the mean of all singular values."""
+    U, S, Vt = np.linalg.svd(sum(matrices), full_matrices=False)
+    return sum(S.sum() / len(S) * np.outer(U[:, i], Vt[i]) for i in range(len(S)))
+
+
+@pytest.mark.parametrize(("rank", "count"), [(2, 1), (2, 3), (3, 4)])
+def test_iso_c_is_longer_than_the_authors_for_experts_of_low_rank(rank, count):
+    """By sqrt(min(out, in) / r), as its docstring says; equal where the sum has full rank."""
+    m, n = 12, 15
+    changes = [low_rank(m, n, rank, seed) for seed in range(count)]
+    theirs = np.linalg.norm(authors_iso_c([change.double().numpy() for change in changes]))
+    r = min(rank * count, m)
+    ours = iso_c([{"w": change} for change in changes])["w"]
+    assert float(ours.norm()) == pytest.approx(theirs * (m / r) ** 0.5, rel=1e-4)
+    scaled = iso_c([{"w": change} for change in changes], scale=(r / m) ** 0.5)["w"]
+    assert float(scaled.norm()) == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 9])
+def test_tsv_m_of_low_rank_has_the_authors_norm(rank):
+    matrices = [low_rank(12, 9, rank, seed).double().numpy() for seed in range(3)]
+    merged = tsv_m([{"w": torch.from_numpy(matrix).float()} for matrix in matrices])["w"]
+    kept = [np.linalg.svd(matrix, compute_uv=False)[: 9 // 3] for matrix in matrices]
+    assert float(merged.norm()) == pytest.approx(np.sqrt(np.square(kept).sum()), rel=1e-4)
+
+
 def numpy_tsv_m(matrices):
     k = min(matrices[0].shape) // len(matrices)
     parts = [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]

@@ -18,6 +18,7 @@ from lightning_modules.sparse.schedules import FirstEpochs, GrowAndDrop, Static
 RUNS = {
     "static": {"schedule": Static(2), "score": scores.snip},
     "static_global": {"schedule": Static(1), "score": scores.snip, "budget": "global", "density": 0.003},
+    "fisher": {"schedule": Static(2), "score": scores.fisher},
     "first_epochs": {"schedule": FirstEpochs(2, batches=2), "score": scores.signed_sensitivity},
     "grow_and_drop": {"schedule": GrowAndDrop(2, 9, fraction=0.5), "score": scores.gradient_magnitude},
 }

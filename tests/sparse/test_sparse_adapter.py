@@ -26,7 +26,11 @@ from lightning_modules.sparse.schedules import GrowAndDrop, OneShot, Static
 
 @pytest.mark.parametrize(
     "options",
-    [CHOSEN, {"schedule": Static(1), "score": scores.snip}, {"schedule": OneShot(2), "score": scores.fisher}],
+    [
+        CHOSEN,
+        {"schedule": Static(1), "score": scores.snip},
+        {"schedule": OneShot(2), "score": scores.gradient_magnitude},
+    ],
     ids=["chosen", "observing", "dense"],
 )
 def test_two_halves_make_the_gradient_and_the_choice_of_the_whole(tiny_model, options):

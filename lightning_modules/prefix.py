@@ -44,6 +44,7 @@ class SharedRows:
         lengths: How many those are (b).
         prompt_of_row: Which prompt a row has (b).
         rows_of_prompt: Which rows have a prompt (u).
+        order: The same one after the other, where the tensors are (b).
     """
 
     prompt_ids: Tensor
@@ -53,12 +54,14 @@ class SharedRows:
     lengths: list[int]
     prompt_of_row: Tensor
     rows_of_prompt: list[list[int]]
+    order: Tensor
 
     def part(self, members: Sequence[int]) -> SharedRows:
         """Return some rows, with all prompts; padding that none of them needs is left out."""
         index = torch.tensor(members, device=self.prompt_of_row.device)
         place = {row: number for number, row in enumerate(members)}
         lengths = [self.lengths[row] for row in members]
+        rows_of_prompt = [[place[row] for row in rows if row in place] for rows in self.rows_of_prompt]
         return SharedRows(
             prompt_ids=self.prompt_ids,
             prompt_mask=self.prompt_mask,
@@ -66,7 +69,8 @@ class SharedRows:
             completion_mask=self.completion_mask[index, : max(lengths)],
             lengths=lengths,
             prompt_of_row=self.prompt_of_row[index],
-            rows_of_prompt=[[place[row] for row in rows if row in place] for rows in self.rows_of_prompt],
+            rows_of_prompt=rows_of_prompt,
+            order=torch.tensor([row for rows in rows_of_prompt for row in rows], device=index.device),
         )
 
 
@@ -111,6 +115,7 @@ def share_prompts(
         lengths=[len(ids) for ids in completions],
         prompt_of_row=prompt_of_row.to(device),
         rows_of_prompt=rows_of_prompt,
+        order=torch.tensor([row for rows in rows_of_prompt for row in rows], device=device),
     )
 
 
@@ -292,18 +297,23 @@ def _completion_pass(
 
 
 class _HandOut(torch.autograd.Function):
-    """Gives rows what their prompt has. Gradients of rows are added up in float32 and in a fixed order."""
+    """Gives rows what their prompt has. Gradients of rows are added up in float32 and in a fixed order.
+
+    The rows of each prompt come by one index on the device: one for each prompt would be a copy that the host waits
+    for, in each layer.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, of_prompts: Tensor, prompt_of_row: Tensor, rows_of_prompt: list[list[int]]
+        ctx: Any, of_prompts: Tensor, prompt_of_row: Tensor, order: Tensor, counts: list[int]
     ) -> Tensor:
-        ctx.rows_of_prompt = rows_of_prompt
+        ctx.order, ctx.counts = order, counts
         return of_prompts.index_select(0, prompt_of_row)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return torch.stack([gradient[rows].sum(0) for rows in ctx.rows_of_prompt]), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        parts = gradient.index_select(0, ctx.order).split(ctx.counts)
+        return torch.stack([part.sum(0) for part in parts]), None, None, None
 
 
 def _hand_out_cache(cache: Any, rows: SharedRows, *, keep: bool) -> Any:
@@ -318,7 +328,8 @@ def _hand_out_cache(cache: Any, rows: SharedRows, *, keep: bool) -> Any:
 
 
 def _hand_out(of_prompts: Tensor, rows: SharedRows) -> Tensor:
-    handed: Tensor = _HandOut.apply(of_prompts, rows.prompt_of_row, rows.rows_of_prompt)  # type: ignore[no-untyped-call]
+    counts = [len(members) for members in rows.rows_of_prompt]
+    handed: Tensor = _HandOut.apply(of_prompts, rows.prompt_of_row, rows.order, counts)  # type: ignore[no-untyped-call]
     return handed
 
 

@@ -75,8 +75,7 @@ class SFTModule(CausalLMModule):
     def configure_model(self) -> None:
         """Load the model and hand it to the sampler."""
         super().configure_model()
-        assert self.model is not None
-        self.sampler.bind(self.model, self.tokenizer)
+        self.bind_sampler(self.sampler)
 
     def on_validation_start(self) -> None:
         """Bring the sampler up to date here, where all ranks are: they may have different numbers of batches."""

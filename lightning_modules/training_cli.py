@@ -28,6 +28,7 @@ from lightning_modules.files import complete_file, set_aside
 from lightning_modules.guarded_cli import GuardedCLI
 from lightning_modules.hparams import withhold_secrets
 from lightning_modules.parsing import NamedConfigFile, QuiverParser
+from lightning_modules.precision import check_precision
 from lightning_modules.secrets import (
     REDACTED,
     redacted_yaml,
@@ -192,6 +193,8 @@ class QuiverCLI(GuardedCLI):
         if isinstance(self.datamodule, datamodules.TextDataModule):
             self.datamodule.setup(stage)
         if isinstance(self.model, lightning_modules.CausalLMModule):
+            check_precision(self.config[stage]["trainer"]["precision"])  # on CPUs Lightning replaces 16-mixed
+            check_precision(self.trainer.precision)  # that of a plugin or strategy
             self.model.check_source()
 
     def before_fit(self) -> None:

@@ -20,7 +20,6 @@ from lightning_modules import RoutedAdapter, SparseAdapter, TaskRouter, VLLMEngi
 from lightning_modules.adapters import FullFineTuning, PeftAdapter
 from lightning_modules.cli import main
 from lightning_modules.sampling import Sampling
-from lightning_modules.sampling.vllm_client import VLLMClient
 from lightning_modules.sampling.vllm_policy import saved_policy
 from lightning_modules.sampling.vllm_requests import row_seeds_or_drawn
 from lightning_modules.sampling.vllm_server import VLLMServer
@@ -404,22 +403,14 @@ def test_all_weights_are_served_and_exported_in_the_type_that_the_run_computes_i
     served = []
 
     def look(usual):
-        [folder] = Path("sync").glob("quiver-*")
+        folder = standin.asked("/collective_rpc")[-1]["kwargs"]["weights_path"]
         served.append(AutoModelForCausalLM.from_pretrained(folder))
         return usual
 
     standin.changed["/collective_rpc"] = look
-    standin.changed["/server_info"] = lambda usual: usual
-    monkeypatch.setattr(
-        VLLMSampler, "check_reload", lambda self, device: None
-    )  # tied, and the device is none
-    monkeypatch.setattr(VLLMClient, "device", lambda self: "cuda")
     arguments = {"url": standin.url, "max_retries": 0, "sync_folder": "sync"}
-    options = {
-        "adapter": None,
-        "chat_template": False,
-        "sampler": {"class_path": "VLLMSampler", "init_args": arguments},
-    }
+    sampler = {"class_path": "VLLMSampler", "init_args": arguments}
+    options = {"adapter": None, "chat_template": False, "sampler": sampler}
     if module == "GRPOModule":
         options["objective"] = {"max_sampler_gap": None}
     saver = {
@@ -427,8 +418,8 @@ def test_all_weights_are_served_and_exported_in_the_type_that_the_run_computes_i
         "init_args": {"dirpath": "checkpoints"},
     }
     name = write_run(
-        tiny_model, module=module, init_args=options, precision=precision, max_steps=1, limit_val_batches=1,
-        enable_checkpointing=True, callbacks=[{"class_path": "AdapterExport"}, saver],
+        tiny_model, module=module, init_args=options, precision=precision, max_steps=1,
+        limit_val_batches=1, val_check_interval=1, enable_checkpointing=True, callbacks=[{"class_path": "AdapterExport"}, saver],
     )  # fmt: skip
     assert main(["fit", "-c", name]) == 0
     exported = AutoModelForCausalLM.from_pretrained("run/adapter")

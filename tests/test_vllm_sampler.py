@@ -419,7 +419,8 @@ def test_all_weights_are_served_and_exported_in_the_type_that_the_run_computes_i
     }
     name = write_run(
         tiny_model, module=module, init_args=options, precision=precision, max_steps=1,
-        limit_val_batches=1, val_check_interval=1, enable_checkpointing=True, callbacks=[{"class_path": "AdapterExport"}, saver],
+        limit_val_batches=1, val_check_interval=1, enable_checkpointing=True,
+        callbacks=[{"class_path": "AdapterExport"}, saver],
     )  # fmt: skip
     assert main(["fit", "-c", name]) == 0
     exported = AutoModelForCausalLM.from_pretrained("run/adapter")

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.headless import base_of, can_chunk, evaluating, few_tokens, scored, without_head
-from lightning_modules.microbatches import completion_passes, positions
+from lightning_modules.microbatches import completion_passes, positions, sent
 from lightning_modules.sharding import sharded_modules
 
 # Tokens of padding for which completions get a further pass; a GPU is through with them before a pass has started.
@@ -58,7 +58,7 @@ class SharedRows:
 
     def part(self, members: Sequence[int]) -> SharedRows:
         """Return some rows, with all prompts; padding that none of them needs is left out."""
-        index = torch.tensor(members, device=self.prompt_of_row.device)
+        index = sent(torch.tensor(members), self.prompt_of_row.device)
         place = {row: number for number, row in enumerate(members)}
         lengths = [self.lengths[row] for row in members]
         rows_of_prompt = [[place[row] for row in rows if row in place] for rows in self.rows_of_prompt]
@@ -70,7 +70,7 @@ class SharedRows:
             lengths=lengths,
             prompt_of_row=self.prompt_of_row[index],
             rows_of_prompt=rows_of_prompt,
-            order=torch.tensor([row for rows in rows_of_prompt for row in rows], device=index.device),
+            order=sent(_joined(rows_of_prompt), index.device),
         )
 
 
@@ -108,14 +108,14 @@ def share_prompts(
     prompt_ids, prompt_mask = _padded([prompts[rows[0]] for rows in rows_of_prompt], pad_token_id, left=True)
     completion_ids, completion_mask = _padded(completions, pad_token_id, left=False)
     return SharedRows(
-        prompt_ids=prompt_ids.to(device),
-        prompt_mask=prompt_mask.to(device),
-        completion_ids=completion_ids.to(device),
-        completion_mask=completion_mask.to(device),
+        prompt_ids=sent(prompt_ids, device),
+        prompt_mask=sent(prompt_mask, device),
+        completion_ids=sent(completion_ids, device),
+        completion_mask=sent(completion_mask, device),
         lengths=[len(ids) for ids in completions],
-        prompt_of_row=prompt_of_row.to(device),
+        prompt_of_row=sent(prompt_of_row, device),
         rows_of_prompt=rows_of_prompt,
-        order=torch.tensor([row for rows in rows_of_prompt for row in rows], device=device),
+        order=sent(_joined(rows_of_prompt), device),
     )
 
 
@@ -213,7 +213,7 @@ def shared_logprobs(
             part.completion_mask,
         )
         predictors_bTH = torch.cat([_hand_out(last_u1H, part), hidden_bTH], dim=1)
-        scored_N = positions(part.lengths, part.completion_ids.shape[1]).to(predictors_bTH.device)
+        scored_N = sent(positions(part.lengths, part.completion_ids.shape[1]), predictors_bTH.device)
         found.append(
             scored(model, predictors_bTH, part.completion_ids, scored_N, temperature, entropy_gradient)
         )
@@ -229,8 +229,7 @@ def shared_logprobs(
 def _gathered(parts_bT: Sequence[Tensor], passes: Sequence[list[int]], T: int) -> Tensor:
     """Put what passes found into the order of their rows, with zeros on padding."""
     joined_bT = torch.cat([nn.functional.pad(part, (0, T - part.shape[1])) for part in parts_bT])
-    order = torch.tensor([row for members in passes for row in members], device=joined_bT.device)
-    return joined_bT[order.argsort()]
+    return joined_bT[sent(_joined(passes).argsort(), joined_bT.device)]
 
 
 # ---------------------------------------------------------------------- what cannot
@@ -331,6 +330,10 @@ def _hand_out(of_prompts: Tensor, rows: SharedRows) -> Tensor:
     counts = [len(members) for members in rows.rows_of_prompt]
     handed: Tensor = _HandOut.apply(of_prompts, rows.prompt_of_row, rows.order, counts)  # type: ignore[no-untyped-call]
     return handed
+
+
+def _joined(lists: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([one for members in lists for one in members])
 
 
 def _padded(rows: Sequence[list[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import all_sum
 from lightning_modules.headless import chunked_logprobs, try_chunked
 from lightning_modules.logprobs import completion_logits, token_logprobs
-from lightning_modules.microbatches import pad_rows, plan_micro_batches
+from lightning_modules.microbatches import pad_rows, plan_micro_batches, sent
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
 from lightning_modules.sharding import is_whole
 from lightning_modules.text import prediction_rows
@@ -143,7 +143,7 @@ class SFTModule(CausalLMModule):
             logprobs_BT, mask_BT = self._logprobs(micro_batch.prompts, micro_batch.answers)
             losses_B = -(logprobs_BT * mask_BT).sum(1) * micro_batch.counts
             losses.append(losses_B.detach().sum())
-            return (losses_B * weights_B[micro_batch.rows].to(losses_B)).sum()
+            return (losses_B * sent(weights_B[micro_batch.rows].to(losses_B.dtype), losses_B.device)).sum()
 
         micro_batches = self.in_step(own, own[-1].as_filler)
         norm = self.update([partial(share, micro_batch) for micro_batch in micro_batches])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lightning_modules.microbatches import sent
 from lightning_modules.sampling.base import Completions, FinishReason, Sampling, StopStrings
 from lightning_modules.sampling.batch import RowBatch, RowCache
 from lightning_modules.sampling.filters import draw_by, own_uniforms, sampling_scores
@@ -178,7 +179,7 @@ class Decoding:
         columns_BW = (length_B[:, None] + back_W).clamp(min=0)
         found_BW = torch.cat([length_B[:, None], self._token_NT[rows_B[:, None], columns_BW]], dim=1)
         tails = [ids[max(0, window - length) :] for length, *ids in found_BW.tolist()]
-        return torch.tensor(self._strings.completed(tails), device=length_B.device)
+        return sent(torch.tensor(self._strings.completed(tails)), length_B.device)
 
     def completions(self, tokenizer: Any) -> Completions:
         """Return what was drawn.

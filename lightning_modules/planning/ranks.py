@@ -72,15 +72,15 @@ def read_ranks(trainer: Any, devices: int | None) -> Ranks:
     if devices < 1:
         raise ValueError(f"devices={devices}: a run has at least one rank. Set --devices 1 or more.")
     name, options = _strategy(trainer.get("strategy"))
-    precision = {"autocast": torch.bfloat16 if check_precision(trainer.get("precision")) else None}
+    autocast = torch.bfloat16 if check_precision(trainer.get("precision")) else None
     accelerator = trainer.get("accelerator")
     on_gpu = not (accelerator == "cpu" or "CPU" in str(getattr(accelerator, "class_path", "")))
     if name == "fsdp2":
-        return Ranks(devices, "fsdp2", **_fsdp2(options, devices, nodes), **precision, on_gpu=on_gpu)
+        return Ranks(devices, "fsdp2", **_fsdp2(options, devices, nodes), autocast=autocast, on_gpu=on_gpu)
     if name == "ddp" or (name == "single" and devices > 1):
         view = bool(options.get("gradient_as_bucket_view", False))
-        return Ranks(devices, "ddp", bucket_view=view, **precision, on_gpu=on_gpu)
-    return Ranks(devices, "single", **precision, on_gpu=on_gpu)
+        return Ranks(devices, "ddp", bucket_view=view, autocast=autocast, on_gpu=on_gpu)
+    return Ranks(devices, "single", autocast=autocast, on_gpu=on_gpu)
 
 
 def _strategy(configured: Any) -> tuple[Strategy, dict[str, Any]]:

@@ -172,7 +172,7 @@ def cumulated(values_BN: Tensor) -> Tensor:
     count = values_BN.shape[1]
     width = min(count, _BLOCK)
     blocks_BMW = functional.pad(values_BN, (0, -count % width)).unflatten(1, (-1, width))
-    within_BMW = blocks_BMW @ values_BN.new_ones(width, width).triu()
+    within_BMW: Tensor = blocks_BMW @ values_BN.new_ones(width, width).triu()
     sums_BM = within_BMW[..., -1]
     before_BM = cumulated(sums_BM) - sums_BM if sums_BM.shape[1] > 1 else torch.zeros_like(sums_BM)
     return (within_BMW + before_BM[..., None]).flatten(1)[:, :count]

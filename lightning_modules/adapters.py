@@ -37,6 +37,7 @@ class Adapter(ABC):
         draws_by_purpose: Whether `attach` uses `purpose`.
         choices: How often other entries than before were chosen to be trained since `attach`.
         moves_entries: Whether that can happen after something was learned.
+        compute_dtype: Type in which the model computes, likewise; None is that of its weights.
         reads_weights: Whether `attach` reads base weights, which under sharding may not be in memory yet.
         joins_shards: Whether `attach` takes a model that is sharded already; else it comes before.
     """
@@ -46,6 +47,7 @@ class Adapter(ABC):
     draws_by_purpose: bool = False
     choices: int = 0
     moves_entries: bool = False
+    compute_dtype: torch.dtype | None = None
     reads_weights: bool = False
     joins_shards: bool = False
 
@@ -251,10 +253,20 @@ class FullFineTuning(Adapter):
                 copy_rows(tensor, state[name])
 
     def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a Hugging Face model folder without tokenizer."""
-        self._model.save_pretrained(  # type: ignore[operator]
-            str(folder), state_dict=dict(self.state_dict() if state is None else state)
-        )
+        """Write a Hugging Face model folder without tokenizer, in the type in which the model computes.
+
+        Trained weights are float32 so that small updates count; what runs the model needs them no finer than the
+        trainer's forward pass does. Checkpoints keep them as they are.
+        """
+        model: Any = self._model
+        tensors = dict(self.state_dict() if state is None else state)
+        dtype = self.compute_dtype or model.dtype
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        model.save_pretrained(str(folder), state_dict=tensors)
+        config = copy.deepcopy(model.config)  # in which save_pretrained puts the type of the trained weights
+        config.dtype = config.get_text_config().dtype = dtype
+        config.save_pretrained(str(folder))
 
 
 def as_adapter(adapter: Adapter | PeftConfig | None) -> Adapter:

@@ -22,7 +22,9 @@ from lightning_modules.half_precision import watch_half_precision
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.mapped_weights import cast, map_model
 from lightning_modules.norms import make_norms_lean
+from lightning_modules.precision import check_precision
 from lightning_modules.ranges import check_number, check_whole
+from lightning_modules.sampling.base import Sampler
 from lightning_modules.sharded_passes import ShardedPasses
 from lightning_modules.sharding import norm_of
 from lightning_modules.sources import check_model, resolve_model
@@ -120,11 +122,12 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         """Load tokenizer and weights and attach the adapter. Does nothing when they are there already.
 
         Raises:
-            ValueError: If the model source lacks weights or a tokenizer, or a chat template is asked for
-                that the tokenizer does not have.
+            ValueError: If the model source lacks weights or a tokenizer, a chat template is asked for that the
+                tokenizer does not have, or the precision of the Trainer is not supported.
         """
         if self.model is not None:
             return
+        compute_dtype = self.compute_dtype  # before anything is loaded: it checks the Trainer's
         from transformers import AutoTokenizer
 
         place = resolve_model(self.source)
@@ -146,6 +149,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self.adapter.source = self.source
         if self.adapter.draws_by_purpose and self._trainer is not None and self.trainer.training:
             self.adapter.purpose = purpose_of(getattr(self.trainer, "datamodule", None))
+        self.adapter.compute_dtype = compute_dtype
         self.model = self._attach(base)
         # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -194,6 +198,24 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
     def context_length(self) -> int:
         """The most tokens that prompt and completion may have together."""
         return int(self.text_config.max_position_embeddings)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type in which the base model computes: that of mixed precision, or else of its weights.
+
+        Raises:
+            ValueError: If the precision of the Trainer is not supported.
+        """
+        if self._trainer is not None and check_precision(self.trainer.precision):
+            return torch.bfloat16
+        sharded = None if self.sharding is None else self.sharding.mp_policy.param_dtype
+        return sharded or self.weights_dtype
+
+    def bind_sampler(self, sampler: Sampler) -> None:
+        """Hand the model to a sampler."""
+        assert self.model is not None, "configure_model has not run"
+        sampler.compute_dtype = self.compute_dtype
+        sampler.bind(self.model, self.tokenizer)
 
     @property
     def text_config(self) -> Any:
@@ -357,13 +379,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self.adapter.route([batch.tasks[row] for row in rows], [batch.prompts[row] for row in rows])
 
     def on_fit_start(self) -> None:
-        """Write the hyper-parameters to the loggers.
-
-        Raises:
-            ValueError: If the precision needs loss scaling, which `update` does not undo before it clips.
-        """
-        if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision=16-mixed is not supported. Use bf16-mixed or 32-true.")
+        """Write the hyper-parameters to the loggers."""
         hparams = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         for logger in self.loggers:
             logger.log_hyperparams({"model": hparams})

@@ -31,9 +31,39 @@ def chunked_logprobs(
     Returns:
         Nats, float32, 0 on padding (b, T) each.
     """
-    T = rows.completion_mask.shape[1]
-    hidden_bTH = without_head(model, rows.input_ids, rows.attention_mask, logits_to_keep=T + 1).logits[:, :-1]
-    return scored(model, hidden_bTH, rows.input_ids[:, -T:], rows.scored, temperature, entropy_gradient)
+    return _scored_rows(model, _hidden_of(model, rows), rows, temperature, entropy_gradient)
+
+
+def try_chunked(model: nn.Module, rows: PaddedRows, *, temperature: float) -> tuple[Tensor, Tensor] | str:
+    """Return what `chunked_logprobs` does, or why that would be wrong, which this pass of the model tells.
+
+    So nothing runs through the model but its rows: `can_chunk` tries tokens that an adapter which routes rows has not
+    heard of, and that whoever watches the model would count.
+
+    Args:
+        model: As in `chunked_logprobs`.
+        rows: Likewise.
+        temperature: Likewise.
+    """
+    if reason := can_chunk(model, tries=False):
+        return reason
+    with _head_outputs(model) as seen:
+        hidden_bTH = _hidden_of(model, rows)
+    return _changes(hidden_bTH, seen) or _scored_rows(model, hidden_bTH, rows, temperature)
+
+
+def _hidden_of(model: nn.Module, rows: PaddedRows) -> Tensor:
+    """Return the hidden states before each completion token, and that of the last one (b, T+1, H)."""
+    kept = rows.completion_mask.shape[1] + 1
+    hidden: Tensor = without_head(model, rows.input_ids, rows.attention_mask, logits_to_keep=kept).logits
+    return hidden
+
+
+def _scored_rows(
+    model: nn.Module, hidden: Tensor, rows: PaddedRows, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    ids_bT = rows.input_ids[:, -rows.completion_mask.shape[1] :]
+    return scored(model, hidden[:, :-1], ids_bT, rows.scored, temperature, entropy_gradient)
 
 
 def can_chunk(model: nn.Module, *, tries: bool = True) -> str | None:
@@ -57,13 +87,25 @@ def can_chunk(model: nn.Module, *, tries: bool = True) -> str | None:
         return f"its head ({type(head).__name__}) is more than a plain linear layer"
     if not tries:
         return None
+    with _head_outputs(model) as seen, evaluating(model):
+        logits = without_head(model, *few_tokens(base)).logits
+    return _changes(logits, seen)
+
+
+@contextmanager
+def _head_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what the head returns."""
+    base = base_of(model)
+    assert base is not None
     seen: list[Tensor] = []
-    hook = head.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+    hook = base.get_output_embeddings().register_forward_hook(lambda *arguments: seen.append(arguments[2]))
     try:
-        with evaluating(model):
-            logits = without_head(model, *few_tokens(base)).logits
+        yield seen
     finally:
         hook.remove()
+
+
+def _changes(logits: Tensor, seen: list[Tensor]) -> str | None:
     if len(seen) != 1 or not torch.equal(logits.float(), seen[0].float()):
         return "it changes logits after the head, by a scale, a soft cap or the like"
     return None

@@ -76,7 +76,18 @@ def pad_pairs(
         span = slice(P - len(prompt), P + len(completion))
         input_ids[i, span] = torch.tensor(prompt + completion)
         attention_mask[i, span] = 1
-    return input_ids.to(device), attention_mask.to(device), attention_mask[:, P:].float().to(device)
+    mask = attention_mask[:, P:].float()
+    return sent(input_ids, device), sent(attention_mask, device), sent(mask, device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor of the host to a device, without waiting until that is through with what it has to do.
+
+    Args:
+        tensor: On the CPU, not to be changed afterwards.
+        device: Where it goes.
+    """
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ def pad_rows(
         prompts, completions, pad_token_id=pad_token_id, device=torch.device("cpu")
     )
     scored = positions([len(ids) for ids in completions], mask.shape[1])
-    return PaddedRows(*(one.to(device) for one in (ids, attention_mask, mask, scored)))
+    return PaddedRows(*(sent(one, device) for one in (ids, attention_mask, mask, scored)))
 
 
 def positions(lengths: Sequence[int], width: int) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.headless import base_of, can_chunk, evaluating, few_tokens, scored, without_head
-from lightning_modules.microbatches import completion_passes, positions
+from lightning_modules.microbatches import completion_passes, positions, sent
 from lightning_modules.sharding import sharded_modules
 
 # Tokens of padding for which completions get a further pass; a GPU is through with them before a pass has started.
@@ -44,6 +44,7 @@ class SharedRows:
         lengths: How many those are (b).
         prompt_of_row: Which prompt a row has (b).
         rows_of_prompt: Which rows have a prompt (u).
+        order: The same one after the other, where the tensors are (b).
     """
 
     prompt_ids: Tensor
@@ -53,12 +54,14 @@ class SharedRows:
     lengths: list[int]
     prompt_of_row: Tensor
     rows_of_prompt: list[list[int]]
+    order: Tensor
 
     def part(self, members: Sequence[int]) -> SharedRows:
         """Return some rows, with all prompts; padding that none of them needs is left out."""
-        index = torch.tensor(members, device=self.prompt_of_row.device)
+        index = sent(torch.tensor(members), self.prompt_of_row.device)
         place = {row: number for number, row in enumerate(members)}
         lengths = [self.lengths[row] for row in members]
+        rows_of_prompt = [[place[row] for row in rows if row in place] for rows in self.rows_of_prompt]
         return SharedRows(
             prompt_ids=self.prompt_ids,
             prompt_mask=self.prompt_mask,
@@ -66,7 +69,8 @@ class SharedRows:
             completion_mask=self.completion_mask[index, : max(lengths)],
             lengths=lengths,
             prompt_of_row=self.prompt_of_row[index],
-            rows_of_prompt=[[place[row] for row in rows if row in place] for rows in self.rows_of_prompt],
+            rows_of_prompt=rows_of_prompt,
+            order=sent(_joined(rows_of_prompt), index.device),
         )
 
 
@@ -104,13 +108,14 @@ def share_prompts(
     prompt_ids, prompt_mask = _padded([prompts[rows[0]] for rows in rows_of_prompt], pad_token_id, left=True)
     completion_ids, completion_mask = _padded(completions, pad_token_id, left=False)
     return SharedRows(
-        prompt_ids=prompt_ids.to(device),
-        prompt_mask=prompt_mask.to(device),
-        completion_ids=completion_ids.to(device),
-        completion_mask=completion_mask.to(device),
+        prompt_ids=sent(prompt_ids, device),
+        prompt_mask=sent(prompt_mask, device),
+        completion_ids=sent(completion_ids, device),
+        completion_mask=sent(completion_mask, device),
         lengths=[len(ids) for ids in completions],
-        prompt_of_row=prompt_of_row.to(device),
+        prompt_of_row=sent(prompt_of_row, device),
         rows_of_prompt=rows_of_prompt,
+        order=sent(_joined(rows_of_prompt), device),
     )
 
 
@@ -208,7 +213,7 @@ def shared_logprobs(
             part.completion_mask,
         )
         predictors_bTH = torch.cat([_hand_out(last_u1H, part), hidden_bTH], dim=1)
-        scored_N = positions(part.lengths, part.completion_ids.shape[1]).to(predictors_bTH.device)
+        scored_N = sent(positions(part.lengths, part.completion_ids.shape[1]), predictors_bTH.device)
         found.append(
             scored(model, predictors_bTH, part.completion_ids, scored_N, temperature, entropy_gradient)
         )
@@ -224,8 +229,7 @@ def shared_logprobs(
 def _gathered(parts_bT: Sequence[Tensor], passes: Sequence[list[int]], T: int) -> Tensor:
     """Put what passes found into the order of their rows, with zeros on padding."""
     joined_bT = torch.cat([nn.functional.pad(part, (0, T - part.shape[1])) for part in parts_bT])
-    order = torch.tensor([row for members in passes for row in members], device=joined_bT.device)
-    return joined_bT[order.argsort()]
+    return joined_bT[sent(_joined(passes).argsort(), joined_bT.device)]
 
 
 # ---------------------------------------------------------------------- what cannot
@@ -292,18 +296,23 @@ def _completion_pass(
 
 
 class _HandOut(torch.autograd.Function):
-    """Gives rows what their prompt has. Gradients of rows are added up in float32 and in a fixed order."""
+    """Gives rows what their prompt has. Gradients of rows are added up in float32 and in a fixed order.
+
+    The rows of each prompt come by one index on the device: one for each prompt would be a copy that the host waits
+    for, in each layer.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, of_prompts: Tensor, prompt_of_row: Tensor, rows_of_prompt: list[list[int]]
+        ctx: Any, of_prompts: Tensor, prompt_of_row: Tensor, order: Tensor, counts: list[int]
     ) -> Tensor:
-        ctx.rows_of_prompt = rows_of_prompt
+        ctx.order, ctx.counts = order, counts
         return of_prompts.index_select(0, prompt_of_row)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return torch.stack([gradient[rows].sum(0) for rows in ctx.rows_of_prompt]), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        parts = gradient.index_select(0, ctx.order).split(ctx.counts)
+        return torch.stack([part.sum(0) for part in parts]), None, None, None
 
 
 def _hand_out_cache(cache: Any, rows: SharedRows, *, keep: bool) -> Any:
@@ -318,8 +327,13 @@ def _hand_out_cache(cache: Any, rows: SharedRows, *, keep: bool) -> Any:
 
 
 def _hand_out(of_prompts: Tensor, rows: SharedRows) -> Tensor:
-    handed: Tensor = _HandOut.apply(of_prompts, rows.prompt_of_row, rows.rows_of_prompt)  # type: ignore[no-untyped-call]
+    counts = [len(members) for members in rows.rows_of_prompt]
+    handed: Tensor = _HandOut.apply(of_prompts, rows.prompt_of_row, rows.order, counts)  # type: ignore[no-untyped-call]
     return handed
+
+
+def _joined(lists: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([one for members in lists for one in members])
 
 
 def _padded(rows: Sequence[list[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:

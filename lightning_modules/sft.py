@@ -10,16 +10,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
 from datamodules.batches import TextBatch
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import all_sum
+from lightning_modules.headless import chunked_logprobs, try_chunked
 from lightning_modules.logprobs import completion_logits, token_logprobs
-from lightning_modules.microbatches import pad_pairs, plan_micro_batches
+from lightning_modules.microbatches import pad_rows, plan_micro_batches, sent
 from lightning_modules.ranges import check_whole
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
+from lightning_modules.sharding import is_whole
 from lightning_modules.text import prediction_rows
 
 
@@ -71,12 +74,12 @@ class SFTModule(CausalLMModule):
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.sampling = sampling
         self.sampler = sampler or GenerateSampler()
+        self._logits_are_kept: dict[bool, bool] = {}
 
     def configure_model(self) -> None:
         """Load the model and hand it to the sampler."""
         super().configure_model()
-        assert self.model is not None
-        self.sampler.bind(self.model, self.tokenizer)
+        self.bind_sampler(self.sampler)
 
     def on_validation_start(self) -> None:
         """Bring the sampler up to date here, where all ranks are: they may have different numbers of batches."""
@@ -99,12 +102,21 @@ class SFTModule(CausalLMModule):
 
     def _logprobs(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Log-probabilities and mask of answer tokens (b, T), of rows that the adapter has heard of."""
-        input_ids, attention_mask, mask_BT = pad_pairs(
-            prompts, answers, pad_token_id=self.pad_token_id, device=self.device
-        )
-        T = mask_BT.shape[1]
-        logits_BTV = completion_logits(self, input_ids, attention_mask, T, temperature=1.0)
-        return token_logprobs(logits_BTV, input_ids[:, -T:]), mask_BT
+        assert self.model is not None
+        rows = pad_rows(prompts, answers, pad_token_id=self.pad_token_id, device=self.device)
+        # What a rank finds out while it has the whole model for itself, the others need not know: they run it in step.
+        whole = is_whole(self.model)
+        if whole not in self._logits_are_kept:
+            found = try_chunked(self, rows, temperature=1.0)
+            self._logits_are_kept[whole] = isinstance(found, str)
+            if not isinstance(found, str):
+                return found[0], rows.completion_mask
+            rank_zero_info(f"All logits of answers are kept: {found}.")
+        if not self._logits_are_kept[whole]:
+            return chunked_logprobs(self, rows, temperature=1.0)[0], rows.completion_mask
+        T = rows.completion_mask.shape[1]
+        logits_BTV = completion_logits(self, rows.input_ids, rows.attention_mask, T, temperature=1.0)
+        return token_logprobs(logits_BTV, rows.input_ids[:, -T:]), rows.completion_mask
 
     def _micro_batches(self, batch: TextBatch, *, single: bool = False) -> list[MicroBatch]:
         """Tokenised prompts and answers, grouped within the token budget, or one by one."""
@@ -131,7 +143,7 @@ class SFTModule(CausalLMModule):
             logprobs_BT, mask_BT = self._logprobs(micro_batch.prompts, micro_batch.answers)
             losses_B = -(logprobs_BT * mask_BT).sum(1) * micro_batch.counts
             losses.append(losses_B.detach().sum())
-            return (losses_B * weights_B[micro_batch.rows].to(losses_B)).sum()
+            return (losses_B * sent(weights_B[micro_batch.rows].to(losses_B.dtype), losses_B.device)).sum()
 
         micro_batches = self.in_step(own, own[-1].as_filler)
         norm = self.update([partial(share, micro_batch) for micro_batch in micro_batches])

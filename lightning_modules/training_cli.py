@@ -28,6 +28,7 @@ from lightning_modules.guarded_cli import GuardedCLI
 from lightning_modules.hparams import withhold_secrets
 from lightning_modules.latest import latest_checkpoint
 from lightning_modules.parsing import NamedConfigFile, QuiverParser
+from lightning_modules.precision import check_precision
 from lightning_modules.secrets import (
     REDACTED,
     redacted_yaml,
@@ -146,6 +147,14 @@ class QuiverCLI(GuardedCLI):
             if part is not None:
                 withhold_secrets(part)
 
+    def _instantiate_trainer(
+        self, config: dict[str, Any], extra: list[lightning.Callback]
+    ) -> lightning.Trainer:
+        """Refuse a precision before Lightning replaces it, as 16-mixed on CPUs, or asks for packages."""
+        if isinstance(self.model, lightning_modules.CausalLMModule):
+            check_precision(config["precision"])
+        return super()._instantiate_trainer(config, extra)
+
     def _parse_ckpt_path(self) -> None:
         """Do not let hyper-parameters in a checkpoint override the YAML, as LightningCLI does by default."""
 
@@ -207,6 +216,7 @@ class QuiverCLI(GuardedCLI):
         if isinstance(self.datamodule, datamodules.TextDataModule):
             self.datamodule.setup(stage)
         if isinstance(self.model, lightning_modules.CausalLMModule):
+            check_precision(self.trainer.precision)  # that of a plugin or strategy
             self.model.check_source()
 
     def before_fit(self) -> None:

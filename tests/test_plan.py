@@ -188,8 +188,8 @@ def test_checkpointing_offload_and_precision_lower_the_peak(plan):
     assert (
         checkpointed["phases"]["backward"]["activations"] < plain["phases"]["backward"]["activations"] * 0.7
     )
-    true = plan("--prompt_tokens", "248", trainer={"precision": "bf16-true"})["phases"]["backward"]
-    assert true["weights"] * 2 == pytest.approx(plain["phases"]["backward"]["weights"], rel=0.01)
+    half = plan("--prompt_tokens", "248", dtype="bfloat16")["phases"]["backward"]
+    assert half["weights"] * 2 == pytest.approx(plain["phases"]["backward"]["weights"], rel=0.01)
     shards = {"strategy": {"class_path": FSDP2}}
     resident = plan("--devices", "8", trainer=shards)["phases"]["backward"]
     shards["strategy"]["init_args"] = {"cpu_offload": True}
@@ -284,7 +284,6 @@ def test_verdict_says_what_to_change(plan):
             ["--model", "AdapterLibraryModule", "--model.router", "UniformRouter"],
             "RoutedAdapter cannot be planned",
         ),
-        (["--trainer.precision", "16-mixed"], "cannot be planned"),
     ],
 )
 def test_mistakes_are_explained(plan, tmp_path, options, message):

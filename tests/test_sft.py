@@ -8,10 +8,13 @@ import math
 import lightning.pytorch as lightning
 import pytest
 import torch
+import transformers
 import wandb
 from conftest import REPOSITORY
 from peft import LoraConfig
+from saved import saved_bytes
 from torchmetrics.text.rouge import ROUGEScore
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.batches import TextBatch
 from datamodules.loader import EvalLoader
@@ -99,6 +102,55 @@ def test_gradient_equals_a_loop_over_answer_tokens(tiny_model, max_tokens):
     assert run.callback_metrics["train/answer_tokens"] == count
     norm = torch.cat([g.flatten() for g in theirs]).norm().item()
     assert run.callback_metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def kept_bytes(module, prompts, answers) -> int:
+    return sum(saved_bytes(lambda: module._logprobs(prompts, answers)[0].sum()).values())
+
+
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_logits_are_made_a_chunk_at_a_time(tiny_model, adapter, monkeypatch):
+    """What is kept for the backward pass is smaller by at least the logits of all answers, and says the same."""
+    options = {} if adapter else {"adapter": None}
+    module = build(tiny_model, **options)
+    module.configure_model()
+    prompts, answers = [[5, 6, 7], [8, 9]], [[10 + t for t in range(90)], [20 + t for t in range(60)]]
+    kept = kept_bytes(module, prompts, answers)
+    ours, mask = module._logprobs(prompts, answers)
+    assert module._logits_are_kept == {True: False}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    ours_gradients = torch.autograd.grad((ours * mask).sum(), parameters)
+    module._logits_are_kept = {True: True}
+    theirs, _ = module._logprobs(prompts, answers)
+    logits = 150 * module.text_config.vocab_size * 4
+    assert kept < kept_bytes(module, prompts, answers) - logits
+    torch.testing.assert_close(ours * mask, theirs * mask)
+    for a, b in zip(ours_gradients, torch.autograd.grad((theirs * mask).sum(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("Gemma2", {"final_logit_softcapping": 2.0}), ("Cohere", {"logit_scale": 0.5})]
+)
+def test_models_that_change_logits_after_the_head_keep_all_of_them(tiny_model, tmp_path, name, options):
+    """Which the first rows show. What is learned is right, the first rows' loss included."""
+    tiny = AutoTokenizer.from_pretrained(tiny_model)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, eos_token_id=END, bos_token_id=None,
+        pad_token_id=None, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.save_pretrained(tmp_path / "model")
+    place = str(tmp_path / "model")
+    run, _ = train_once(place, attn_implementation="eager")
+    assert run.lightning_module._logits_are_kept == {True: True}
+    twin = build(place, attn_implementation="eager")
+    twin.configure_model()
+    with torch.no_grad():
+        losses = torch.cat([-answer_logprobs(twin, *row) for row in ROWS])
+    assert run.callback_metrics["train/loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_only_the_answer_is_a_target(tiny_model):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -21,6 +22,7 @@ from lightning_modules.cli import main
 from lightning_modules.sampling import Sampling
 from lightning_modules.sampling.vllm_policy import saved_policy
 from lightning_modules.sampling.vllm_requests import row_seeds_or_drawn
+from lightning_modules.sampling.vllm_server import VLLMServer
 
 SAMPLING = Sampling(
     max_new_tokens=7, temperature=0.7, top_p=0.8, top_k=3, min_p=0.1, repetition_penalty=1.2, stop=["x"]
@@ -330,6 +332,106 @@ def test_wrong_arguments(options, message):
 def test_wrong_arguments_of_the_engine():
     with pytest.raises(ValueError, match=r"gpu_memory_utilization=1\.5: must be above 0 and at most 1"):
         VLLMEngineSampler(1.5)
+
+
+# ---------------------------------------------------------------------- what engines are started with
+
+
+OF_A_LAUNCHER = {
+    **{"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"},
+    **{"ROLE_RANK": "1", "ROLE_NAME": "default", "ROLE_WORLD_SIZE": "2"},
+    **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"},
+}
+SAY_ENVIRONMENT = "import json, os; print(json.dumps(dict(os.environ)))"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """An environment such as torchrun makes."""
+    for name, value in {**OF_A_LAUNCHER, "KEPT": "yes"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_server_is_no_rank_of_the_training_job(tmp_path):
+    """Else its process groups would wait for a store that nobody serves."""
+    server = VLLMServer([sys.executable, "-c", SAY_ENVIRONMENT], tmp_path / "log")
+    server._process.wait(60)
+    seen = json.loads(server.log.read_text())
+    server.stop()
+    assert seen.keys() & OF_A_LAUNCHER.keys() == set()
+    assert (seen["KEPT"], seen["VLLM_SERVER_DEV_MODE"]) == ("yes", "1")
+    assert os.environ["RANK"] == "1"
+
+
+@pytest.mark.usefixtures("launched")
+def test_an_engine_in_the_process_is_no_rank_either(tiny_model, tmp_path, monkeypatch):
+    seen = {}
+
+    class LLM:
+        """Starts a process, as vLLM's engine does."""
+
+        def __init__(self, **arguments):
+            said = subprocess.run([sys.executable, "-c", SAY_ENVIRONMENT], capture_output=True, check=True)
+            seen.update(json.loads(said.stdout), dtype=arguments["dtype"])
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
+    sampler, adapter = VLLMEngineSampler(), lora()
+    sampler.compute_dtype = torch.bfloat16
+    sampler.bind(
+        adapter.attach(AutoModelForCausalLM.from_pretrained(tiny_model)), SimpleNamespace(name_or_path="")
+    )
+    adapter.save(tmp_path / "policy")
+    sampler._start(saved_policy("policy", tmp_path / "policy"))
+    assert seen.keys() & OF_A_LAUNCHER.keys() == set()
+    assert seen["KEPT"] == "yes"
+    assert seen["dtype"] == "bfloat16"
+    assert {name: os.environ[name] for name in OF_A_LAUNCHER} == OF_A_LAUNCHER
+
+
+@pytest.mark.parametrize(
+    ("module", "precision", "expected"),
+    [("GRPOModule", "bf16-mixed", torch.bfloat16), ("GRPOModule", "32-true", torch.float32),
+     ("SFTModule", "bf16-mixed", torch.bfloat16)],
+)  # fmt: skip
+def test_all_weights_are_served_and_exported_in_the_type_that_the_run_computes_in(
+    standin, tiny_model, tmp_path, monkeypatch, module, precision, expected
+):
+    """The trained weights stay float32, in the run and in its checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    served = []
+
+    def look(usual):
+        folder = standin.asked("/collective_rpc")[-1]["kwargs"]["weights_path"]
+        served.append(AutoModelForCausalLM.from_pretrained(folder))
+        return usual
+
+    standin.changed["/collective_rpc"] = look
+    arguments = {"url": standin.url, "max_retries": 0, "sync_folder": "sync"}
+    sampler = {"class_path": "VLLMSampler", "init_args": arguments}
+    options = {"adapter": None, "chat_template": False, "sampler": sampler}
+    if module == "GRPOModule":
+        options["objective"] = {"max_sampler_gap": None}
+    saver = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "checkpoints"},
+    }
+    name = write_run(
+        tiny_model, module=module, init_args=options, precision=precision, max_steps=1,
+        limit_val_batches=1, val_check_interval=1, enable_checkpointing=True,
+        callbacks=[{"class_path": "AdapterExport"}, saver],
+    )  # fmt: skip
+    assert main(["fit", "-c", name]) == 0
+    exported = AutoModelForCausalLM.from_pretrained("run/adapter")
+    for model in (*served, exported):
+        assert {p.dtype for p in model.parameters()} == {expected}
+    assert served
+    [checkpoint] = Path("checkpoints").glob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    for key, parameter in exported.named_parameters():
+        torch.testing.assert_close(parameter.data, state[f"{key}"].to(expected), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------- from the command line

@@ -129,7 +129,7 @@ class GRPOModule(RolloutSteps):
         assert self.model is not None
         self.sampling_seed = torch.initial_seed()  # later it differs between ranks
         switch_dropout_off(self.model)
-        self.sampler.bind(self.model, self.tokenizer)
+        self.bind_sampler(self.sampler)
         if self.kl.coef:
             self.kl.policy.start(self)
 

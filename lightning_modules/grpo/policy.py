@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_modules.grpo.groups import Row
 from lightning_modules.grpo.passes import Inputs, Passes
+from lightning_modules.microbatches import sent
 
 Score: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
@@ -107,16 +108,16 @@ def collate(
     sampler_bT = torch.zeros(mask_bT.shape)
     for i, row in enumerate(rows):
         sampler_bT[i, : len(row.logprobs)] = torch.tensor(row.logprobs)
-    counts_b = torch.tensor([row.counts for row in rows], device=device)
+    counts_b = sent(torch.tensor([row.counts for row in rows]), device)
     return MicroBatch(
         rows=rows,
         score=partial(
             passes.logprobs, inputs=inputs, announce=lambda chosen: announce([rows[i] for i in chosen])
         ),
         mask=mask_bT * counts_b[:, None],
-        advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device),
-        sampler_logprobs=sampler_bT.to(device),
-        on_policy=torch.tensor([row.on_policy for row in rows], device=device),
+        advantages=sent(torch.tensor([row.advantage for row in rows], dtype=torch.float32), device),
+        sampler_logprobs=sent(sampler_bT, device),
+        on_policy=sent(torch.tensor([row.on_policy for row in rows]), device),
     )
 
 

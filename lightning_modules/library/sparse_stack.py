@@ -131,15 +131,18 @@ class SparseStack(ExpertStack):
         index_TK, weight_TK = _per_token(index, x), _per_token(routing.weight, x)
         chosen = index_TK.flatten()
         order = chosen.argsort(stable=True)
-        experts, counts = torch.unique_consecutive(chosen[order], return_counts=True)
-        sizes = counts.tolist()
+        if routing.index is None:
+            sizes = [len(index_TK)] * len(self)
+        else:  # one number of each expert, for which a GPU's host has to wait
+            ones = torch.ones_like(chosen)
+            sizes = ones.new_zeros(len(self)).scatter_add(0, chosen, ones).tolist()
         tokens = (order // index_TK.shape[1]).split(sizes)
         rows = x.flatten(0, -2)
         rows = rows.to(torch.promote_types(x.dtype, torch.float32))
         weights = weight_TK.flatten()[order].to(rows.dtype).split(sizes)
         result = rows.new_zeros(len(rows), self.out_features)
-        for expert, token, weight in zip(experts.tolist(), tokens, weights, strict=True):
-            if self.sizes[expert]:
+        for expert, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
+            if self.sizes[expert] and len(token):
                 added = _Product.apply(rows[token], self.matrix(expert), self.matrix(expert, transposed=True))  # type: ignore[no-untyped-call]
                 result.index_add_(0, token, added * weight[:, None])
         return result.to(x.dtype).view(*x.shape[:-1], -1)

@@ -72,7 +72,10 @@ class KeepAbsent:
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         is_absent = expert_norms(self._parameters) == 0
-        self._absent = [is_absent[slice(*local_rows(p))].nonzero()[:, 0] for p in self._parameters]
+        # Once for all layers, which have the same experts: how many are absent is what a GPU's host has to wait for.
+        spans = {local_rows(parameter) for parameter in self._parameters}
+        rows = {span: is_absent[slice(*span)].nonzero()[:, 0] for span in spans}
+        self._absent = [rows[local_rows(parameter)] for parameter in self._parameters]
         self._kept = [(tensor, rows, tensor[rows].clone()) for tensor, rows in self._tensors(optimizer)]
 
     @torch.no_grad()

@@ -85,10 +85,11 @@ def make_model(module: CausalLMModule, config: Any, ranks: Ranks) -> nn.Module:
         raise ValueError("A sparse adapter cannot be planned under fsdp2. Plan it with --strategy ddp.")
     # FlashAttention needs a GPU to be made; SDPA's fused attention keeps the same tensors.
     attention = "sdpa" if "flash" in module._attn_implementation else module._attn_implementation
-    dtype = ranks.dtype or module.weights_dtype
     module.adapter.source = module.source
     with torch.device("meta"):
-        base: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        base: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=module.weights_dtype, attn_implementation=attention
+        )
         try:
             model = module.adapter.attach(base)
         except (NotImplementedError, RuntimeError) as error:
@@ -96,8 +97,6 @@ def make_model(module: CausalLMModule, config: Any, ranks: Ranks) -> nn.Module:
                 f"The adapter of {type(module).__name__} reads base weights where it is made, and a plan has none: "
                 f"{error} Plan it with an initialisation that reads none, such as init_lora_weights: true."
             ) from error
-        if ranks.dtype is not None:
-            model.to(ranks.dtype)
     module.model = model
     if module._gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

@@ -18,7 +18,9 @@ from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.grpo.losses import aggregate
 from lightning_modules.grpo.module import GRPOModule
 from lightning_modules.grpo.policy import collate, forward_policy, reference_logprobs
+from lightning_modules.headless import can_chunk, chunked_logprobs
 from lightning_modules.logprobs import completion_logits, token_logprobs
+from lightning_modules.microbatches import PaddedRows
 from lightning_modules.planning.filled import filled_rows
 from lightning_modules.planning.ranks import Ranks
 from lightning_modules.planning.shapes import StepShape
@@ -174,9 +176,14 @@ def _sft_loss(module: CausalLMModule, shape: StepShape) -> Tensor:
     """What `SFTModule.training_step` computes of a micro-batch."""
     T = shape.completion_tokens
     input_ids, attention_mask = _rows(shape)
-    logits_BTV = completion_logits(module, input_ids, attention_mask, T, temperature=1.0)
-    logprobs_BT = token_logprobs(logits_BTV, input_ids[:, -T:])
-    return -(logprobs_BT * attention_mask[:, -T:].float()).sum(1).sum()
+    everything = torch.arange(shape.rows_per_pass * T)
+    rows = PaddedRows(input_ids, attention_mask, attention_mask[:, -T:].float(), everything)
+    if can_chunk(module, tries=False) is None:
+        logprobs_BT, _ = chunked_logprobs(module, rows, temperature=1.0)
+    else:
+        logits_BTV = completion_logits(module, input_ids, attention_mask, T, temperature=1.0)
+        logprobs_BT = token_logprobs(logits_BTV, input_ids[:, -T:])
+    return -(logprobs_BT * rows.completion_mask).sum(1).sum()
 
 
 def _grpo_loss(module: GRPOModule, shape: StepShape) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_modules.fsdp2 import FSDP2Strategy
+from lightning_modules.precision import check_precision
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 _SINGLE = ("auto", "SingleDeviceStrategy")
@@ -29,7 +30,6 @@ class Ranks:
         whole_for_generation: Whether completions are drawn from a gathered model.
         bucket_view: Whether DDP keeps gradients in its buckets, not beside them.
         autocast: Precision of a mixed-precision run.
-        dtype: Precision of all weights in a run of `true` precision.
         on_gpu: Whether the run is for GPUs, where optimisers work on all parameters at once.
     """
 
@@ -43,7 +43,6 @@ class Ranks:
     whole_for_generation: bool = True
     bucket_view: bool = False
     autocast: torch.dtype | None = None
-    dtype: torch.dtype | None = None
     on_gpu: bool = True
 
     @property
@@ -60,7 +59,7 @@ def read_ranks(trainer: Any, devices: int | None) -> Ranks:
         devices: Ranks in all; None takes `devices` x `num_nodes` of the configuration.
 
     Raises:
-        ValueError: If ranks are no number, or strategy or precision cannot be planned.
+        ValueError: If ranks are no number, the strategy cannot be planned, or no run can have the precision.
     """
     nodes = int(trainer.get("num_nodes") or 1)
     if devices is None:
@@ -73,15 +72,15 @@ def read_ranks(trainer: Any, devices: int | None) -> Ranks:
     if devices < 1:
         raise ValueError(f"devices={devices}: a run has at least one rank. Set --devices 1 or more.")
     name, options = _strategy(trainer.get("strategy"))
-    precision = _precision(trainer.get("precision"))
+    autocast = torch.bfloat16 if check_precision(trainer.get("precision")) else None
     accelerator = trainer.get("accelerator")
     on_gpu = not (accelerator == "cpu" or "CPU" in str(getattr(accelerator, "class_path", "")))
     if name == "fsdp2":
-        return Ranks(devices, "fsdp2", **_fsdp2(options, devices, nodes), **precision, on_gpu=on_gpu)
+        return Ranks(devices, "fsdp2", **_fsdp2(options, devices, nodes), autocast=autocast, on_gpu=on_gpu)
     if name == "ddp" or (name == "single" and devices > 1):
         view = bool(options.get("gradient_as_bucket_view", False))
-        return Ranks(devices, "ddp", bucket_view=view, **precision, on_gpu=on_gpu)
-    return Ranks(devices, "single", **precision, on_gpu=on_gpu)
+        return Ranks(devices, "ddp", bucket_view=view, autocast=autocast, on_gpu=on_gpu)
+    return Ranks(devices, "single", autocast=autocast, on_gpu=on_gpu)
 
 
 def _strategy(configured: Any) -> tuple[Strategy, dict[str, Any]]:
@@ -120,14 +119,3 @@ def _fsdp2(options: dict[str, Any], devices: int, nodes: int) -> dict[str, Any]:
 def _dtype(name: str | None) -> torch.dtype | None:
     found: torch.dtype | None = None if name is None else getattr(torch, name)
     return found
-
-
-def _precision(configured: Any) -> dict[str, Any]:
-    name = str(configured or "32-true")
-    if name in ("32-true", "32"):
-        return {}
-    if name == "bf16-mixed":
-        return {"autocast": torch.bfloat16}
-    if name in ("bf16-true", "bf16"):
-        return {"dtype": torch.bfloat16} if name == "bf16-true" else {"autocast": torch.bfloat16}
-    raise ValueError(f"trainer.precision={name!r} cannot be planned. Use 32-true, bf16-mixed or bf16-true.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import nn
 
 from lightning_modules.ranges import check_number, check_whole
@@ -101,7 +102,14 @@ class StopStrings:
 
 
 class Sampler(ABC):
-    """Generates completions of token prompts with the current policy."""
+    """Generates completions of token prompts with the current policy.
+
+    Attributes:
+        compute_dtype: Type in which the trainer's model computes, for engines that compute by themselves; the module
+            sets it before `bind`. None is that of the weights.
+    """
+
+    compute_dtype: torch.dtype | None = None
 
     @abstractmethod
     def bind(self, model: nn.Module, tokenizer: Any) -> None:

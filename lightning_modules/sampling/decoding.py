@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lightning_modules.microbatches import sent
 from lightning_modules.sampling.base import Completions, FinishReason, Sampling, StopStrings
 from lightning_modules.sampling.batch import RowBatch, RowCache
 from lightning_modules.sampling.filters import draw_by, own_uniforms, sampling_scores
@@ -167,16 +168,18 @@ class Decoding:
         self._length_N[rows_B] = length_B
         stopped_B = torch.isin(token_B, self._ends)
         if self._sampling.stop:
-            stopped_B |= self._completed(batch.rows, length_B)
+            stopped_B |= self._completed(rows_B, length_B)
         self._stopped_N[rows_B] |= stopped_B & live_B
         batch.done_B |= stopped_B | (length_B == self.limit)
 
-    def _completed(self, rows: list[int], length_B: Tensor) -> Tensor:
-        tails = [
-            self._token_NT[row, max(0, length - self._strings.window) : length].tolist()
-            for row, length in zip(rows, length_B.tolist(), strict=True)
-        ]
-        return torch.tensor(self._strings.completed(tails), device=length_B.device)
+    def _completed(self, rows_B: Tensor, length_B: Tensor) -> Tensor:
+        """Return whether the newest token of each row completes a stop string. One copy to the host for all rows."""
+        window = self._strings.window
+        back_W = torch.arange(-window, 0, device=rows_B.device)
+        columns_BW = (length_B[:, None] + back_W).clamp(min=0)
+        found_BW = torch.cat([length_B[:, None], self._token_NT[rows_B[:, None], columns_BW]], dim=1)
+        tails = [ids[max(0, window - length) :] for length, *ids in found_BW.tolist()]
+        return sent(torch.tensor(self._strings.completed(tails)), length_B.device)
 
     def completions(self, tokenizer: Any) -> Completions:
         """Return what was drawn.

@@ -96,7 +96,7 @@ def keep_top_p(scores_BV: Tensor, p: float) -> Tensor:
     """
     ordered_BV, order_BV = scores_BV.sort(-1)
     # The mass of a token and all that are less likely: without them, 1 - p or less would be missing.
-    dropped_BV = ordered_BV.softmax(-1).cumsum(-1) <= 1 - p
+    dropped_BV = cumulated(ordered_BV.softmax(-1)) <= 1 - p
     dropped_BV[:, -1] = False
     return scores_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), -torch.inf)
 
@@ -158,9 +158,29 @@ def draw_by(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return (block_B1 * _BLOCK + token_B1)[:, 0].clamp(max=vocabulary - 1)
 
 
+def cumulated(values_BN: Tensor) -> Tensor:
+    """Add up values along rows.
+
+    As `cumsum` does, which on GPUs has no deterministic form: where one is asked for (`trainer.deterministic: true`),
+    by products with a triangle of ones, in blocks.
+
+    Args:
+        values_BN: Of any floating type.
+    """
+    if values_BN.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return values_BN.cumsum(-1)
+    count = values_BN.shape[1]
+    width = min(count, _BLOCK)
+    blocks_BMW = functional.pad(values_BN, (0, -count % width)).unflatten(1, (-1, width))
+    within_BMW: Tensor = blocks_BMW @ values_BN.new_ones(width, width).triu()
+    sums_BM = within_BMW[..., -1]
+    before_BM = cumulated(sums_BM) - sums_BM if sums_BM.shape[1] > 1 else torch.zeros_like(sums_BM)
+    return (within_BMW + before_BM[..., None]).flatten(1)[:, :count]
+
+
 def _invert(masses_BN: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first entry up to which there is more than a share of all mass, and how far into it the share is."""
-    cumulated_BN = masses_BN.cumsum(-1, dtype=torch.float64)
+    cumulated_BN = cumulated(masses_BN.double())
     target_B1 = uniform_B1 * cumulated_BN[:, -1:]
     found_B1 = torch.searchsorted(cumulated_BN, target_B1, right=True).clamp(max=masses_BN.shape[1] - 1)
     mass_B1 = masses_BN.gather(1, found_B1).double()

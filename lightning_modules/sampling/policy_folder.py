@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 from lightning_modules.distributed import gathered
@@ -139,9 +140,9 @@ class PolicyFolderSampler(Sampler, Generic[Loaded]):
 
     @property
     def dtype(self) -> str:
-        """Precision of the base weights."""
-        weight = self._model.get_input_embeddings().weight  # type: ignore[operator]
-        return str(weight.dtype).removeprefix("torch.")
+        """Precision in which the engine holds the base weights and computes: that in which the trainer computes."""
+        weights: torch.dtype = self._model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        return str(self.compute_dtype or weights).removeprefix("torch.")
 
     def check_reload(self, device: str) -> None:
         """Check that the engine's weights can be replaced by others.

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_modules.ranges import check_number, check_whole
 from lightning_modules.ranks import several_ranks
+from lightning_modules.sampling.own_ranks import ranks_hidden
 from lightning_modules.sampling.policy_folder import PolicyFolderSampler
 from lightning_modules.sampling.vllm_policy import SavedPolicy
 from lightning_modules.sampling.vllm_requests import Drawn
@@ -140,13 +141,14 @@ class VLLMEngineSampler(PolicyFolderSampler[int]):
                 "environment, and use VLLMSampler."
             ) from error
         lora = {} if policy.room is None else {"enable_lora": True, "max_lora_rank": policy.room}
-        return LLM(
-            model=self.place,
-            dtype=self.dtype,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            max_model_len=self.max_model_len,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            **lora,
-            **(self.engine_args or {}),
-        )
+        with ranks_hidden():
+            return LLM(
+                model=self.place,
+                dtype=self.dtype,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                max_model_len=self.max_model_len,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                **lora,
+                **(self.engine_args or {}),
+            )

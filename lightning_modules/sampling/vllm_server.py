@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_modules.sampling.own_ranks import without_ranks
 from lightning_modules.sampling.vllm_client import VLLMClient
 from lightning_modules.secrets import redact_message, remember
 
@@ -76,7 +77,7 @@ class VLLMServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={
-                    **os.environ,
+                    **without_ranks(os.environ),
                     "VLLM_API_KEY": self.key,
                     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
                     "VLLM_SERVER_DEV_MODE": "1",

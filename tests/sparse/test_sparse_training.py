@@ -241,12 +241,6 @@ def test_its_own_adapter_and_a_given_one_are_refused_together(tiny_model):
         SparseAdapterModule(model=tiny_model, adapter=object())
 
 
-def test_values_in_low_precision_are_refused(tiny_model, tmp_path, capsys):
-    run = config(tmp_path, tiny_model, "static", precision="bf16-true")
-    assert main(["fit", "-c", run]) == 1
-    assert "The values of a sparse adapter must stay float32" in capsys.readouterr().err
-
-
 def test_the_exported_folder_gives_identical_logits_in_a_new_process(tiny_model, tmp_path):
     dtype = "bfloat16"  # the harder case: what is added is rounded
     run = config(

@@ -20,6 +20,7 @@ from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.mapped_weights import cast, map_model
 from lightning_modules.norms import make_norms_lean
+from lightning_modules.rope import see_rows_alone
 from lightning_modules.sharded_passes import ShardedPasses
 from lightning_modules.sharding import norm_of
 from lightning_modules.sources import check_model, resolve_model
@@ -127,6 +128,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         prefer_blocks(base)
         make_norms_lean(base)
+        see_rows_alone(base)
         self.adapter.source = self.source
         self.model = self._attach(base)
         # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.

@@ -22,15 +22,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightning_modules.rope import grows_beyond, see_rows_alone
 from lightning_modules.sampling.base import (
     Announce,
     Completions,
     FinishReason,
     Sampler,
     Sampling,
-    StopStrings,
 )
 from lightning_modules.sampling.filters import draw_by, own_uniforms
+from lightning_modules.sampling.stops import StopStrings, stop_tokens
 from lightning_modules.sharding import is_whole
 
 
@@ -106,8 +107,9 @@ class GenerateSampler(Sampler):
         self.max_rows = max_rows
 
     def bind(self, model: nn.Module, tokenizer: Any) -> None:
-        """Take model and tokenizer."""
+        """Take model and tokenizer. From here on the model sees each row alone, see `see_rows_alone`."""
         self._model, self._tokenizer = model, tokenizer
+        see_rows_alone(model)
 
     @torch.no_grad()
     def generate(
@@ -124,7 +126,7 @@ class GenerateSampler(Sampler):
             ValueError: If a prompt is empty or does not fit the model's context together with its completion.
         """
         check_context(self._model, prompts, sampling.max_new_tokens)
-        ends = end_tokens(self._model, self._tokenizer)
+        ends = stop_tokens(self._model, self._tokenizer, sampling)
         with sampling_state(self._model):
             parts = []
             for start in range(0, len(prompts), self.max_rows):
@@ -176,6 +178,8 @@ class GenerateSampler(Sampler):
                 eos_token_id=ends or None,
                 pad_token_id=pad,
             ),
+            # What a cache holds may not be what the model would compute of a longer row.
+            use_cache=not grows_beyond(self._model.config, prompts, sampling.max_new_tokens),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([stopper] if sampling.stop else []),
             # By itself transformers keeps ranks of a sharded model in step, also where each has all of it.
@@ -222,13 +226,6 @@ def check_context(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens
                 f"prompts[{row}] has {len(ids)} tokens, and max_new_tokens={max_new_tokens}: {needed} do not fit the "
                 f"model's context of {context}. Lower max_new_tokens, or leave out long prompts."
             )
-
-
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Return the ids that end a completion: the tokenizer's, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    more = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in (tokenizer.eos_token_id, *more) if i is not None})
 
 
 @contextmanager

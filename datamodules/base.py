@@ -88,6 +88,7 @@ class TextDataModule(LightningDataModule):
         )
         self._splits: dict[Split, Rows] = {}
         self._columns: dict[Split, list[str]] = {}
+        self._left_out: dict[Split, torch.Tensor] = {}  # True at rows that nobody gets
         self._train_loader: TrainLoader | None = None
         self._weights: torch.Tensor | None = None
         self._weights_of_epoch: tuple[int, torch.Tensor | None] | None = None
@@ -146,8 +147,30 @@ class TextDataModule(LightningDataModule):
                 raise ValueError("weights of rows must be finite, not negative, and not all 0")
         self._weights = weights
 
-    def _weighted_order(self, epoch: int) -> torch.Tensor:
+    def leave_out(self, split: Split, rows: Sequence[int]) -> None:
+        """Give these rows to nobody, from the next loader on; the others keep their uids.
+
+        An epoch of training has as many rows as the first one without them.
+
+        Args:
+            split: `train`, `val` or `test`.
+            rows: Their indices; not all that there are.
+        """
+        self._left_out[split] = torch.zeros(self.num_rows(split), dtype=torch.bool)
+        self._left_out[split][list(rows)] = True
+
+    def _kept_order(self, epoch: int) -> torch.Tensor:
         order = self.train_order(epoch)
+        if "train" not in self._left_out:
+            return order
+        left_out = self._left_out["train"]
+        kept, first = order[~left_out[order]], self.train_order(0)
+        length = int((~left_out[first]).sum())
+        # Epochs that take each row once all have that many; others may lack some, and begin again with their first.
+        return kept.repeat(-(-length // max(1, len(kept))))[:length]
+
+    def _weighted_order(self, epoch: int) -> torch.Tensor:
+        order = self._kept_order(epoch)
         # A resumed run must meet the weights with which the epoch began, not those of the time it was stopped.
         if self._weights_of_epoch is None or self._weights_of_epoch[0] != epoch:
             self._weights_of_epoch = (epoch, self._weights)
@@ -236,7 +259,7 @@ class TextDataModule(LightningDataModule):
         if not reloads or self._train_loader is None:
             self._train_loader = TrainLoader(
                 lambda indices: self.collate("train", indices),
-                len(self.train_order(0)),
+                len(self._kept_order(0)),
                 self.batch_size,
                 *self._rank_and_world_size(),
                 order=self._weighted_order,
@@ -318,14 +341,17 @@ class TextDataModule(LightningDataModule):
 
     def _eval_loader(self, split: Split, batch_size: int) -> EvalLoader:
         _, world_size = self._rank_and_world_size()
-        if len(self._splits[split]) < world_size:
+        rows = list(range(len(self._splits[split])))
+        if split in self._left_out:
+            rows = (~self._left_out[split]).nonzero()[:, 0].tolist()
+        if len(rows) < world_size:
             raise ValueError(
-                f"{type(self).__name__} has {len(self._splits[split])} {split} rows for {world_size} ranks; "
+                f"{type(self).__name__} has {len(rows)} {split} rows for {world_size} ranks; "
                 "give each rank at least one row, or none to all of them"
             )
         return EvalLoader(
-            lambda indices: self.collate(split, indices),
-            len(self._splits[split]),
+            lambda indices: self.collate(split, [rows[index] for index in indices]),
+            len(rows),
             batch_size,
             *self._rank_and_world_size(),
         )

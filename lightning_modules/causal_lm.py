@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,11 +21,26 @@ from lightning_modules.checkpoints import AdapterCheckpoints
 from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.mapped_weights import cast, map_model
+from lightning_modules.model_checks import (
+    check_rows,
+    check_vocabulary,
+    context_length,
+    pad_token,
+    plain_outputs,
+)
 from lightning_modules.norms import make_norms_lean
 from lightning_modules.rope import see_rows_alone
+from lightning_modules.row_lengths import check_lengths
 from lightning_modules.sharded_passes import ShardedPasses
 from lightning_modules.sharding import norm_of
-from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.sources import (
+    CHOOSING,
+    check_choice,
+    choose_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from lightning_modules.text import encode_prompts
 
 # Its one message here, that GGUF or adapter loading took place, repeats for every layer.
@@ -50,9 +67,12 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         chat_template: Put string prompts into the tokenizer's chat template as one user turn. False feeds
             them as they are.
         gradient_clip_val: Largest gradient norm of an update; None does not clip.
-        model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`.
+        model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`. Those that choose the model
+            (`revision`, `subfolder`, `trust_remote_code`, `token`, ...) hold for configuration and tokenizer too.
         max_skipped_updates: How many updates in a row may be left out because a loss or gradient is NaN or infinite;
             they are counted as `train/nonfinite_updates`. One more stops the run; 0 stops at the first.
+        overlong_rows: What becomes of rows that do not fit the model's context with their completion: `refuse` the
+            first before training starts, or `drop` them and say how many.
     """
 
     def __init__(
@@ -68,6 +88,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         gradient_clip_val: float | None = 1.0,
         model_kwargs: dict[str, Any] | None = None,
         max_skipped_updates: int = 0,
+        overlong_rows: Literal["refuse", "drop"] = "refuse",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -84,6 +105,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self.gradient_clip_val = gradient_clip_val
         self._model_kwargs = model_kwargs or {}
         self.max_skipped_updates = max_skipped_updates
+        self.overlong_rows = overlong_rows
         self.nonfinite_updates = 0
         self._nonfinite_in_a_row = 0
         self.model: nn.Module | None = None
@@ -110,19 +132,23 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         """
         if self.model is not None:
             return
-        from transformers import AutoTokenizer
-
-        place = resolve_model(self.source)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(place)
-            base = self._load_base(place)
-        except OSError as error:
-            raise ValueError(f"model={self.source!r} cannot be loaded. {error}") from error
+        self.tokenizer = load_tokenizer(self.source, self._model_kwargs)
+        config = load_config(self.source, self._model_kwargs)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"model={self.source!r} has an encoder and a decoder ({config.model_type}), and what is trained here "
+                "are causal language models. Take a decoder-only model."
+            )
+        check_vocabulary(self.tokenizer, config, self.source)
         if self._chat_template and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
                 "feed prompts as they are, or use an instruction-tuned model."
             )
+        base = self._load_base()
+        plain_outputs(base.config)
+        if self.sharding is None:  # else weights may not be in memory yet
+            check_rows(base, self.source)
         # Without this a head that reads a slice of positions multiplies in batches, which on CPU copies the
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
@@ -137,20 +163,19 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
 
-    def _load_base(self, place: str) -> Any:
+    def _load_base(self) -> Any:
         """Load the base model; for sharding, and where its files allow it, only where they are."""
-        from transformers import AutoModelForCausalLM
-
         options: dict[str, Any] = {
             "dtype": self.weights_dtype,
             "attn_implementation": self._attn_implementation,
         }
-        base = None
         if self.sharding is not None:
-            base = map_model(place, **options, model_kwargs=self._model_kwargs)
-        if base is None:
-            base = AutoModelForCausalLM.from_pretrained(place, **options, **self._model_kwargs)
-        return base
+            place, choice = choose_model(self.source, self._model_kwargs)
+            others = {name: value for name, value in self._model_kwargs.items() if name not in CHOOSING}
+            base = map_model(place, **options, model_kwargs={**others, **choice})
+            if base is not None:
+                return base
+        return load_model(self.source, self._model_kwargs, **options)
 
     def _attach(self, base: nn.Module) -> nn.Module:
         """Attach the adapter, and shard where the strategy does."""
@@ -172,35 +197,34 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         Raises:
             ValueError: If a folder, file or package is missing or lacks weights or a tokenizer.
         """
-        check_model(self.source)
+        check_choice(self.source, self._model_kwargs)
 
     @property
-    def context_length(self) -> int:
-        """The most tokens that prompt and completion may have together."""
-        return int(self.text_config.max_position_embeddings)
+    def context_length(self) -> int | None:
+        """The most tokens that prompt and completion may have together; None where the model sets no limit."""
+        return context_length(self.text_config)
 
     @property
     def text_config(self) -> Any:
         """The transformers configuration of the language model."""
         assert self.model is not None, "configure_model has not run"
-        return self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        return self.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
     @property
     def pad_token_id(self) -> int:
         """The id that fills unused positions. Masks, not ids, say what counts."""
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(end if pad is None else pad)
+        return pad_token(self.tokenizer)
 
     # ------------------------------------------------------------------ text
 
     def encode_prompts(
-        self, prompts: Sequence[Prompt], *, room: int, uids: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], *, room: int | Sequence[int], uids: Sequence[int] | None = None
     ) -> list[list[int]]:
         """Tokenise prompts, through the chat template where it is on.
 
         Args:
             prompts: Strings or conversations.
-            room: Tokens that must stay free after the prompt for its completion.
+            room: Tokens that must stay free after a prompt for its completion; the same for all, or one for each.
             uids: Numbers of the rows in their data set, for messages.
 
         Returns:
@@ -210,10 +234,56 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             ValueError: If a prompt is empty, does not fit the context, or is a conversation while
                 `chat_template` is off.
         """
-        limit = self.context_length - room
-        return encode_prompts(
-            self.tokenizer, prompts, chat_template=self._chat_template, limit=limit, uids=uids
+        encoded = encode_prompts(
+            self.tokenizer, prompts, chat_template=self._chat_template, limit=sys.maxsize, uids=uids
         )
+        context = self.context_length
+        rooms = [room] * len(prompts) if isinstance(room, int) else room
+        for i, (ids, own) in enumerate(zip(encoded, rooms, strict=True)):
+            if context is not None and len(ids) + own > context:
+                row = "A row's" if uids is None else f"Row {uids[i]} of the data: its"
+                raise ValueError(
+                    f"{row} prompt has {len(ids)} tokens; beside its completion only {context - own} fit the model's "
+                    f"context: {str(prompts[i])[:60]!r}... Shorten or drop it, or lower max_new_tokens."
+                )
+        return encoded
+
+    def tokens_needed(self, batch: TextBatch, split: str) -> list[tuple[int, int]]:
+        """Return the tokens of each row's prompt, and those that may come after it; a subclass knows its own.
+
+        Args:
+            batch: Rows (B).
+            split: `train` or `val`.
+
+        Returns:
+            (B); by default nothing comes after a prompt.
+        """
+        prompts = self._lengths(batch)
+        return [(length, 0) for length in prompts]
+
+    def _lengths(self, batch: TextBatch) -> list[int]:
+        """Tokens of each prompt, whatever the context."""
+        encoded = encode_prompts(
+            self.tokenizer,
+            batch.prompts,
+            chat_template=self._chat_template,
+            limit=sys.maxsize,
+            uids=batch.uids,
+        )
+        return [len(ids) for ids in encoded]
+
+    def _check_lengths(self) -> None:
+        """Find rows beyond the context before the first step, where the DataModule can tell all of them."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        limit = self.context_length
+        if limit is None or not hasattr(data, "leave_out"):
+            return
+        settings = (getattr(self, name, None) for name in ("sampling", "val_sampling"))
+        room = max((one.max_new_tokens for one in settings if one is not None), default=0)
+        splits = ("train",) if self.trainer.limit_val_batches == 0 else ("train", "val")
+        for split in splits:
+            needed = partial(self.tokens_needed, split=split)
+            check_lengths(data, split, needed, limit, room=room, drops=self.overlong_rows == "drop")
 
     # ------------------------------------------------------------------ training
 
@@ -337,13 +407,15 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self.adapter.route([batch.tasks[row] for row in rows], [batch.prompts[row] for row in rows])
 
     def on_fit_start(self) -> None:
-        """Write the hyper-parameters to the loggers.
+        """Look at the lengths of rows, and write the hyper-parameters to the loggers.
 
         Raises:
-            ValueError: If the precision needs loss scaling, which `update` does not undo before it clips.
+            ValueError: If a row does not fit the context, or the precision needs loss scaling, which `update` does not
+                undo before it clips.
         """
         if self.trainer.precision == "16-mixed":
             raise ValueError("trainer.precision=16-mixed is not supported. Use bf16-mixed or 32-true.")
+        self._check_lengths()
         hparams = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         for logger in self.loggers:
             logger.log_hyperparams({"model": hparams})

@@ -18,6 +18,7 @@ from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import all_sum
 from lightning_modules.logprobs import completion_logits, token_logprobs
 from lightning_modules.microbatches import pad_pairs, plan_micro_batches
+from lightning_modules.model_checks import end_token
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
 from lightning_modules.text import prediction_rows
 
@@ -95,7 +96,8 @@ class SFTModule(CausalLMModule):
                 "from it. Check answer_column, or drop the row."
             )
         encoded = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-        return [[*ids, self.tokenizer.eos_token_id] for ids in encoded]
+        end = end_token(self.tokenizer, self.source)
+        return [[*ids, end] for ids in encoded]
 
     def _logprobs(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Log-probabilities and mask of answer tokens (b, T), of rows that the adapter has heard of."""
@@ -106,10 +108,20 @@ class SFTModule(CausalLMModule):
         logits_BTV = completion_logits(self, input_ids, attention_mask, T, temperature=1.0)
         return token_logprobs(logits_BTV, input_ids[:, -T:]), mask_BT
 
+    def tokens_needed(self, batch: TextBatch, split: str) -> list[tuple[int, int]]:
+        """Return the tokens of each row's prompt, and of its longest answer; in validation, also of a drawn one."""
+        needed = []
+        for i, prompt in enumerate(self._lengths(batch)):
+            answers = [batch.answers[i], *(batch.choices[i] if split == "val" else [])]
+            rest = [len(ids) for ids in self.encode_answers(answers)]
+            drawn = self.sampling.max_new_tokens if split == "val" and not batch.choices[i] else 0
+            needed.append((prompt, max(*rest, drawn)))
+        return needed
+
     def _micro_batches(self, batch: TextBatch) -> list[MicroBatch]:
         """Tokenised prompts and answers, grouped within the token budget."""
         answers = self.encode_answers(batch.answers)
-        prompts = self.encode_prompts(batch.prompts, room=max(map(len, answers)), uids=batch.uids)
+        prompts = self.encode_prompts(batch.prompts, room=[*map(len, answers)], uids=batch.uids)
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return [
             MicroBatch(rows, [prompts[i] for i in rows], [answers[i] for i in rows])

@@ -22,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightning_modules.model_checks import context_length, pad_token
 from lightning_modules.rope import grows_beyond, see_rows_alone
 from lightning_modules.sampling.base import (
     Announce,
@@ -150,9 +151,7 @@ class GenerateSampler(Sampler):
         seeds: Sequence[int] | None,
     ) -> Completions:
         device = next(self._model.parameters()).device
-        pad = self._tokenizer.pad_token_id
-        if pad is None:
-            pad = ends[0] if ends else 0
+        pad = pad_token(self._tokenizer)
         width = max(map(len, prompts))
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
         attention_mask = torch.tensor(
@@ -177,9 +176,9 @@ class GenerateSampler(Sampler):
                 top_p=1.0,
                 eos_token_id=ends or None,
                 pad_token_id=pad,
+                # What a cache holds may not be what the model would compute of a longer row.
+                use_cache=not grows_beyond(self._model.config, prompts, sampling.max_new_tokens),
             ),
-            # What a cache holds may not be what the model would compute of a longer row.
-            use_cache=not grows_beyond(self._model.config, prompts, sampling.max_new_tokens),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([stopper] if sampling.stop else []),
             # By itself transformers keeps ranks of a sharded model in step, also where each has all of it.
@@ -213,10 +212,7 @@ def check_context(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens
         ValueError: If a prompt is empty, or longer than the context less `max_new_tokens`.
     """
     core = core_model(model)
-    # Models without a table of positions have no such setting.
-    context = (
-        None if core is None else getattr(core.config.get_text_config(), "max_position_embeddings", None)
-    )
+    context = None if core is None else context_length(core.config)
     for row, ids in enumerate(prompts):
         if not ids:
             raise ValueError(f"prompts[{row}] is empty. Give at least one token.")

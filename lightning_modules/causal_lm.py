@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.attention import prefer_blocks
+from lightning_modules.chat import ChatTemplate
 from lightning_modules.checkpoints import AdapterCheckpoints
 from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.hparams import plain_hparams
@@ -48,6 +49,8 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         chat_template: Put string prompts into the tokenizer's chat template as one user turn. False feeds
             them as they are.
+        chat_template_kwargs: Further variables of the chat template, such as `{"enable_thinking": False}`, wherever
+            text is rendered: in training, validation and prediction.
         gradient_clip_val: Largest gradient norm of an update; None does not clip.
         model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`.
         max_skipped_updates: How many updates in a row may be left out because a loss or gradient is NaN or infinite;
@@ -64,6 +67,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         chat_template: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
         gradient_clip_val: float | None = 1.0,
         model_kwargs: dict[str, Any] | None = None,
         max_skipped_updates: int = 0,
@@ -80,6 +84,13 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self._attn_implementation = attn_implementation
         self._gradient_checkpointing = gradient_checkpointing
         self._chat_template = chat_template
+        self._chat_template_kwargs = chat_template_kwargs or {}
+        if self._chat_template_kwargs and not chat_template:
+            raise ValueError(
+                f"chat_template_kwargs={chat_template_kwargs} need the chat template. Set chat_template: true, or "
+                "leave them out."
+            )
+        self.chat: ChatTemplate | None = None
         self.gradient_clip_val = gradient_clip_val
         self._model_kwargs = model_kwargs or {}
         self.max_skipped_updates = max_skipped_updates
@@ -104,8 +115,8 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         """Load tokenizer and weights and attach the adapter. Does nothing when they are there already.
 
         Raises:
-            ValueError: If the model source lacks weights or a tokenizer, or a chat template is asked for
-                that the tokenizer does not have.
+            ValueError: If the model source lacks weights or a tokenizer, a chat template is asked for that the
+                tokenizer does not have, or it does not read one of `chat_template_kwargs`.
         """
         if self.model is not None:
             return
@@ -114,14 +125,10 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         place = resolve_model(self.source)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(place)
+            self.chat = self._make_chat()
             base = self._load_base(place)
         except OSError as error:
             raise ValueError(f"model={self.source!r} cannot be loaded. {error}") from error
-        if self._chat_template and self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
-                "feed prompts as they are, or use an instruction-tuned model."
-            )
         # Without this a head that reads a slice of positions multiplies in batches, which on CPU copies the
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
@@ -134,6 +141,16 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         if self._gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
+
+    def _make_chat(self) -> ChatTemplate | None:
+        if not self._chat_template:
+            return None
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
+                "feed prompts as they are, or use an instruction-tuned model."
+            )
+        return ChatTemplate(self.tokenizer, self._chat_template_kwargs, self.source)
 
     def _load_base(self, place: str) -> Any:
         """Load the base model; for sharding, and where its files allow it, only where they are."""
@@ -205,13 +222,11 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             Token ids of each prompt, unpadded.
 
         Raises:
-            ValueError: If a prompt is empty, does not fit the context, or is a conversation while
-                `chat_template` is off.
+            ValueError: If a prompt is empty, does not fit the context, is refused by the template, or is a
+                conversation while `chat_template` is off.
         """
         limit = self.context_length - room
-        return encode_prompts(
-            self.tokenizer, prompts, chat_template=self._chat_template, limit=limit, uids=uids
-        )
+        return encode_prompts(self.tokenizer, prompts, chat=self.chat, limit=limit, uids=uids)
 
     # ------------------------------------------------------------------ training
 

@@ -50,7 +50,7 @@ def lookup(row: Mapping[str, Any], path: str, argument: str) -> Any:
 
 def plain(value: Any) -> Any:
     """Return arrays of numpy and torch as lists, anything else as it is; scalars keep their type."""
-    if hasattr(value, "tolist") and getattr(value, "ndim", 0):
+    if hasattr(value, "tolist") and getattr(value, "ndim", False):
         return value.tolist()
     return value
 
@@ -70,7 +70,7 @@ def as_text(value: Any, what: str) -> str:
     """
     if isinstance(value, str):
         return str(value)
-    item = value.item() if hasattr(value, "item") and not getattr(value, "ndim", 0) else value
+    item = value.item() if hasattr(value, "item") and not getattr(value, "ndim", False) else value
     if isinstance(item, int | float | Decimal) and not isinstance(item, bool):
         if not math.isfinite(item):
             raise ValueError(f"{what} holds {item}, which is no text: mend or drop the row")

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
@@ -19,6 +20,7 @@ from lightning_modules.distributed import all_sum
 from lightning_modules.logprobs import completion_logits, token_logprobs
 from lightning_modules.microbatches import pad_pairs, plan_micro_batches
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
+from lightning_modules.sampling.generate import end_tokens
 from lightning_modules.text import encode_answers, prediction_rows
 
 
@@ -47,11 +49,11 @@ class SFTModule(CausalLMModule):
 
     With a chat template, answer tokens are all that the template writes for the answered conversation after what it
     writes for the prompt: its own end of a turn, and an empty block of reasoning where it puts one. The loss is the
-    mean over all answer tokens of the optimiser step, over micro-batches and ranks, so
-    neither the split nor the padding changes the gradient. Validation logs `val/loss`, and over rows without
-    `choices` the greedy answer's `val/exact_match` and `val/rouge_l`, compared with the gold answer as the data has it
-    or as the template writes it, whichever is nearer; over rows with `choices` `val/choice_accuracy`, where the choice
-    of the highest mean log-probability per token is the answer.
+    mean over all answer tokens of the optimiser step, over micro-batches and ranks, so neither the split nor the
+    padding changes the gradient. Validation logs `val/loss`, and over rows without `choices` the greedy answer's
+    `val/exact_match` and `val/rouge_l`, compared with the gold answer as the data has it or as the template writes it,
+    whichever is nearer; over rows with `choices` `val/choice_accuracy`, where the choice of the highest mean
+    log-probability per token is the answer.
 
     Args:
         max_tokens_per_microbatch: Token budget of one forward and backward pass. Does not change gradients.
@@ -80,6 +82,27 @@ class SFTModule(CausalLMModule):
         super().configure_model()
         assert self.model is not None
         self.sampler.bind(self.model, self.tokenizer)
+        self._warn_of_open_ends()
+
+    def _warn_of_open_ends(self) -> None:
+        """Say so where the template ends a turn with something at which generation does not stop."""
+        assert self.model is not None
+        try:
+            [ids] = self.encode_answers(["4"])
+        except ValueError:  # the template asks more of an answer
+            return
+        ends = end_tokens(self.model, self.tokenizer)
+        written = self.tokenizer.decode(ids)
+        if (
+            self.chat is not None
+            and not set(ids) & set(ends)
+            and not any(s in written for s in self.sampling.stop)
+        ):
+            rank_zero_warn(
+                f"The chat template writes the answer '4' as {written!r}, without a token at which generation stops "
+                f"({self.tokenizer.convert_ids_to_tokens(ends)}), so validation generates past the answer. Set "
+                "sampling.stop, or eos_token_id in the model's generation_config.json."
+            )
 
     def on_validation_start(self) -> None:
         """Bring the sampler up to date here, where all ranks are: they may have different numbers of batches."""

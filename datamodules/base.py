@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from datamodules.batches import Prompt, TextBatch
+from datamodules.conversations import holds_message
 from datamodules.loader import EvalLoader, TextLoader, TrainLoader
-from datamodules.rows import ColumnarRows, ParsedRow, RowFormat, Rows
+from datamodules.rows import TOOLS_COLUMN, ColumnarRows, ParsedRow, RowFormat, Rows
 from datamodules.splits import permutation, weighted
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -33,17 +34,24 @@ class TextDataModule(LightningDataModule):
             def rows(self, split):
                 return [{"prompt": "Capital of France?", "answer": "Paris"}] if split == "train" else []
 
-    Batches carry text, never tokens, so every model and chat template can read every DataModule.
+    Batches carry text, never tokens, so every model and chat template can read every DataModule. A column may be a path
+    into a struct, such as `reward_model.ground_truth`. What is to be text is text or a number: a struct, a nested list,
+    a truth value, a date or NaN is refused with its row, for none of them has one spelling.
 
     Args:
         batch_size: Prompts per rank and training step.
         val_batch_size: Prompts per rank and validation, test or prediction step; None means `batch_size`.
-        prompt_column: Column with the prompt: a string, or a list of `{"role", "content"}` messages.
-        answer_column: Column with the gold answer (of a list, its first element); None for data without.
+        prompt_column: Column with the prompt: a string, or a list of `{"role", "content"}` messages. The model goes
+            on with the last one if that is an assistant's.
+        answer_column: Column with the gold answer (of a list, its first element), or one assistant message; None for
+            data without.
         task_column: Column that names the task of a row; None puts all rows into one task, `default`.
-        choices_column: Column with the list of candidate answers of multiple choice.
+        choices_column: Column with the list of candidate answers of multiple choice, the answer among them.
         messages_column: Column with a whole conversation, in place of prompt and answer columns: its last
-            message, the assistant's, is the gold answer, what precedes it is the prompt.
+            message, the assistant's, is the gold answer, what precedes it is the prompt. Messages may hold what the
+            chat template reads besides role and content, such as `tool_calls` and `reasoning_content`.
+        tools_column: Column with the tools that a row offers, a list of schemas or the same as JSON text; read where
+            rows have it. None if such a column is about something else.
         template: Format string over the row's columns that makes a string prompt; `{prompt}` is the value
             of the prompt column. Braces inside the values are left alone.
         system_prompt: Put before each prompt as a system message, unless the prompt brings its own.
@@ -65,6 +73,7 @@ class TextDataModule(LightningDataModule):
         task_column: str | None = None,
         choices_column: str | None = None,
         messages_column: str | None = None,
+        tools_column: str | None = TOOLS_COLUMN,
         template: str = "{prompt}",
         system_prompt: str | None = None,
         conversational: bool = False,
@@ -82,6 +91,7 @@ class TextDataModule(LightningDataModule):
             task_column=task_column,
             choices_column=choices_column,
             messages_column=messages_column,
+            tools_column=tools_column,
             template=template,
             system_prompt=system_prompt,
             conversational=conversational,
@@ -300,24 +310,28 @@ class TextDataModule(LightningDataModule):
         rows = [self._splits[split][index] for index in indices]
         parsed = [self._parse(split, index, row) for index, row in zip(indices, rows, strict=True)]
         columns = {name: [row.get(name) for row in rows] for name in self._columns[split]}
-        answers = [row.answer for row in parsed]
         tasks = [row.task for row in parsed]
         has_answers = self.row_format.answer_column is not None or self.row_format.messages_column is not None
-        if has_answers:
-            columns.setdefault("answer", list(answers))
-        columns.setdefault("task", list(tasks))
-        return TextBatch(
+        batch = TextBatch(
             prompts=[row.prompt for row in parsed],
-            answers=answers,
+            answers=[row.answer for row in parsed],
             tasks=tasks,
             uids=list(indices),
             columns=columns,
             choices=[row.choices for row in parsed],
         )
+        if has_answers and ("answer" not in columns or any(map(holds_message, columns["answer"]))):
+            # A reward compares texts; of an answer that is tool calls it gets the message.
+            texts = zip(batch.answers, batch.answer_texts(), strict=True)
+            columns["answer"] = [text or answer for answer, text in texts]
+        columns.setdefault("task", list(tasks))
+        return batch
 
     def _checked_columns(self, split: Split, rows: Rows) -> list[str]:
         if isinstance(rows, ColumnarRows):
             columns = list(rows.column_names)
+            if len(rows):  # the first row shows mistakes that all of them share
+                self._parse(split, 0, rows[0])
         else:
             columns = list(dict.fromkeys(name for index in range(len(rows)) for name in rows[index]))
             for index in range(len(rows)):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.attention import prefer_blocks
+from lightning_modules.chat import ChatTemplate
 from lightning_modules.checkpoints import AdapterCheckpoints
 from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.hparams import plain_hparams
@@ -66,6 +67,8 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         chat_template: Put string prompts into the tokenizer's chat template as one user turn. False feeds
             them as they are.
+        chat_template_kwargs: Further variables of the chat template, such as `{"enable_thinking": False}`, wherever
+            text is rendered: in training, validation and prediction.
         gradient_clip_val: Largest gradient norm of an update; None does not clip.
         model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`. Those that choose the model
             (`revision`, `subfolder`, `trust_remote_code`, `token`, ...) hold for configuration and tokenizer too.
@@ -85,6 +88,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         chat_template: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
         gradient_clip_val: float | None = 1.0,
         model_kwargs: dict[str, Any] | None = None,
         max_skipped_updates: int = 0,
@@ -102,6 +106,13 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self._attn_implementation = attn_implementation
         self._gradient_checkpointing = gradient_checkpointing
         self._chat_template = chat_template
+        self._chat_template_kwargs = chat_template_kwargs or {}
+        if self._chat_template_kwargs and not chat_template:
+            raise ValueError(
+                f"chat_template_kwargs={chat_template_kwargs} need the chat template. Set chat_template: true, or "
+                "leave them out."
+            )
+        self.chat: ChatTemplate | None = None
         self.gradient_clip_val = gradient_clip_val
         self._model_kwargs = model_kwargs or {}
         self.max_skipped_updates = max_skipped_updates
@@ -127,8 +138,8 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         """Load tokenizer and weights and attach the adapter. Does nothing when they are there already.
 
         Raises:
-            ValueError: If the model source lacks weights or a tokenizer, or a chat template is asked for
-                that the tokenizer does not have.
+            ValueError: If the model source lacks weights or a tokenizer, a chat template is asked for that the
+                tokenizer does not have, or it does not read one of `chat_template_kwargs`.
         """
         if self.model is not None:
             return
@@ -140,11 +151,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
                 "are causal language models. Take a decoder-only model."
             )
         check_vocabulary(self.tokenizer, config, self.source)
-        if self._chat_template and self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
-                "feed prompts as they are, or use an instruction-tuned model."
-            )
+        self.chat = self._make_chat()
         base = self._load_base()
         plain_outputs(base.config)
         if self.sharding is None:  # else weights may not be in memory yet
@@ -162,6 +169,16 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         if self._gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
+
+    def _make_chat(self) -> ChatTemplate | None:
+        if not self._chat_template:
+            return None
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
+                "feed prompts as they are, or use an instruction-tuned model."
+            )
+        return ChatTemplate(self.tokenizer, self._chat_template_kwargs, self.source)
 
     def _load_base(self) -> Any:
         """Load the base model; for sharding, and where its files allow it, only where they are."""
@@ -231,12 +248,10 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             Token ids of each prompt, unpadded.
 
         Raises:
-            ValueError: If a prompt is empty, does not fit the context, or is a conversation while
-                `chat_template` is off.
+            ValueError: If a prompt is empty, does not fit the context, is refused by the template, or is a
+                conversation while `chat_template` is off.
         """
-        encoded = encode_prompts(
-            self.tokenizer, prompts, chat_template=self._chat_template, limit=sys.maxsize, uids=uids
-        )
+        encoded = encode_prompts(self.tokenizer, prompts, chat=self.chat, limit=sys.maxsize, uids=uids)
         context = self.context_length
         rooms = [room] * len(prompts) if isinstance(room, int) else room
         for i, (ids, own) in enumerate(zip(encoded, rooms, strict=True)):
@@ -266,7 +281,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         encoded = encode_prompts(
             self.tokenizer,
             batch.prompts,
-            chat_template=self._chat_template,
+            chat=self.chat,
             limit=sys.maxsize,
             uids=batch.uids,
         )

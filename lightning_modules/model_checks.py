@@ -67,7 +67,9 @@ def check_vocabulary(tokenizer: Any, config: Any, source: str) -> None:
         ValueError: If a token has none.
     """
     size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    beyond = sorted((i, text) for text, i in tokenizer.get_vocab().items() if size is not None and i >= size)
+    if size is None:
+        return
+    beyond = sorted((i, text) for text, i in tokenizer.get_vocab().items() if i >= size)
     if beyond:
         number, text = beyond[0]
         raise ValueError(
@@ -75,24 +77,6 @@ def check_vocabulary(tokenizer: Any, config: Any, source: str) -> None:
             f"first: the model's embeddings end at {size - 1}. Resize them (model.resize_token_embeddings(len(tokenizer"
             "))) and save model and tokenizer together, or take the tokenizer that belongs to the model."
         )
-
-
-def end_token(tokenizer: Any, source: str) -> int:
-    """Return the id that ends an answer.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        source: The model, as the user named it.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model={source!r}: the tokenizer has no end token (eos_token), so answers could not be ended. Set "
-            "tokenizer.eos_token to the token that ends a turn and save the tokenizer, or take one that has it."
-        )
-    return int(tokenizer.eos_token_id)
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -11,7 +11,7 @@ from lightning_modules.files import complete_folder
 
 _PACKAGE = "package:"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def resolve_model(source: str) -> str:
@@ -72,7 +72,7 @@ def _check_folder(source: str, folder: Path) -> None:
     for what, patterns in (
         ("model configuration", ("config.json",)),
         ("weights", _WEIGHTS),
-        ("tokenizer", _TOKENIZERS),
+        ("tokenizer", TOKENIZERS),
     ):
         if not any(next(folder.glob(pattern), None) for pattern in patterns):
             raise ValueError(
@@ -105,10 +105,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QUIVER_CACHE", "~/.cache/quiver")).expanduser()
 
 
-def _convert(file: Path) -> Path:
+def converted_folder(file: Path) -> Path:
+    """Return the folder that a GGUF file is converted into; it may not be there yet."""
     facts = file.stat()
     key = hashlib.sha256(f"{file.absolute()}:{facts.st_size}:{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_folder() / f"{file.stem}-{key}"
+    return cache_folder() / f"{file.stem}-{key}"
+
+
+def _convert(file: Path) -> Path:
+    target = converted_folder(file)
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:

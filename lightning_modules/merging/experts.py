@@ -10,10 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.base_names import base_named
 from lightning_modules.checksums import check_checksums
+from lightning_modules.finite import finite
 from lightning_modules.merging.lora import LoraFactors
 from lightning_modules.merging.lora_config import check_lora_config
-from lightning_modules.merging.reading import INDEX, MODEL, model_files, open_tensors, read_object
+from lightning_modules.merging.reading import (
+    INDEX,
+    MODEL,
+    model_files,
+    open_tensors,
+    read_object,
+)
 from lightning_modules.merging.vectors import Delta
 from lightning_modules.sparse.storage import PEFT_TYPE, SparseFolder
 
@@ -112,7 +120,7 @@ class LoraExpert(Expert):
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         check_lora_config(folder, config)
-        super().__init__(folder, config.get("base_model_name_or_path") or None)
+        super().__init__(folder, base_named(folder, config))
         self._config = config
         self._tensors = open_tensors(folder / _ADAPTER)
         keys = set(self._tensors.keys())
@@ -150,7 +158,7 @@ class LoraExpert(Expert):
             if not math.isfinite(scaling):
                 raise ValueError(f"{where}: alpha / r is {scaling}. Save the adapter again.")
             for factor in (A, B):
-                _finite(factor, where)
+                finite(factor, where)
             shapes[name], ranks[name] = (len(B), A.shape[1]), len(A)
         return shapes, ranks
 
@@ -180,7 +188,7 @@ class LoraExpert(Expert):
         change = factors.B @ factors.A * factors.scaling
         if name in self._transposed:
             change = change.T
-        return _finite(change, f"{self.folder / _ADAPTER}: {name}")
+        return finite(change, f"{self.folder / _ADAPTER}: {name}")
 
     def factors(self, name: str) -> LoraFactors:
         """Read the factors of one weight, which is no layer of the kind of GPT-2, whose weight is transposed."""
@@ -259,7 +267,7 @@ class ModelExpert(Expert):
     def delta(self, name: str) -> Tensor:
         """Subtract the base weight."""
         change = self._read(name).float() - self._base[name].detach().float()
-        return _finite(change, f"{self.folder / self._files[name]}: {name}")
+        return finite(change, f"{self.folder / self._files[name]}: {name}")
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._tensors[name].get_tensor(name)
@@ -314,9 +322,3 @@ def _check_shape(folder: Path, name: str, shape: tuple[int, ...], weights: Mappi
             f"{folder} has {name} of shape {shape}; in the base model it is {expected}. Merge experts of one "
             "base model."
         )
-
-
-def _finite(change: Tensor, what: str) -> Tensor:
-    if not bool(change.isfinite().all()):
-        raise ValueError(f"{what}: {int((~change.isfinite()).sum())} values are NaN or infinite.")
-    return change

@@ -127,13 +127,14 @@ class LoraExpert(Expert):
         if not keys:
             raise ValueError(f"experts: {folder / _ADAPTER} changes nothing: it holds no tensors.")
         self._keys: dict[str, str] = {}
+        self._copies: dict[str, str] = {}
         self._transposed: set[str] = set()
         for key in sorted(keys):
             stem = key.removesuffix(_LORA_A)
             if stem != key and stem + _LORA_B in keys:
                 self._keys[stem.removeprefix("base_model.model.") + ".weight"] = stem
             elif key.endswith(_COPY):
-                continue
+                self._copies[key.removeprefix("base_model.model.").removesuffix(_COPY) + ".weight"] = key
             elif not (key.endswith(_LORA_B) and key.removesuffix(_LORA_B) + _LORA_A in keys):
                 raise ValueError(
                     f"{folder / _ADAPTER} holds {key}, which is no pair of LoRA factors of a linear layer. "
@@ -159,6 +160,7 @@ class LoraExpert(Expert):
                 raise ValueError(f"{where}: alpha / r is {scaling}. Save the adapter again.")
             for factor in (A, B):
                 finite(factor, where)
+            finite(B * scaling, f"{where}: B x alpha / r, with alpha {scaling * len(A):g}")
             shapes[name], ranks[name] = (len(B), A.shape[1]), len(A)
         return shapes, ranks
 
@@ -179,6 +181,14 @@ class LoraExpert(Expert):
                 raise ValueError(
                     f"{self.folder} changes {name}, which is one weight under the names {', '.join(users)}; "
                     "merged, it would change for all of them. Train the adapter without that layer."
+                )
+        for name, key in self._copies.items():
+            _check_known(self.folder, name, weights)
+            copy = self._tensors.get_tensor(key)
+            if not copy.equal(weights[name].to(copy.dtype)):
+                raise ValueError(
+                    f"{self.folder} was trained on another {name} than the base model's, and holds it. Give its own "
+                    "base, or merge it into its base model with quiver export and give the model's folder."
                 )
         self.names = list(self._keys)
 

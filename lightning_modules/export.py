@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
-from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_modules.adapter_tokenizer import check_vocabulary, own_tokenizer, set_ends
+from lightning_modules.base_names import base_named, name_base
 from lightning_modules.checksums import check_checksums, write_checksums
 from lightning_modules.files import complete_folder
-from lightning_modules.library.inspect_adapter import check_files
-from lightning_modules.merging.reading import open_tensors
+from lightning_modules.finite import check_finite
+from lightning_modules.merged_adapter import merge_peft, probe_of
 from lightning_modules.secrets import redact
 from lightning_modules.sources import check_model, resolve_model
 from lightning_modules.sparse.expert import SparseExpert
@@ -49,14 +49,12 @@ Versions: {versions}.
 """
 
 _LOAD_ADAPTER = """from peft import PeftModel
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
 
 _LOAD_CONVERTED_ADAPTER = """from peft import PeftModel
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.sources import resolve_model  # pip install 'lightning-quiver[gguf]'
@@ -104,23 +102,20 @@ def save_adapter(
         metrics: Metrics for the card.
         state: What `module.adapter.state_dict()` returns; None asks for it. Under sharding all ranks ask, and one
             saves.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
     """
+    state = module.adapter.state_dict() if state is None else state
+    check_finite(state.items(), f"{folder} is not written: the trained adapter has no usable values")
     with complete_folder(folder) as aside:
         module.adapter.write(aside, state)
-        name_base(aside / "adapter_config.json", module.source)
+        name_base(aside / "adapter_config.json", module.source, module.tokenizer.name_or_path)
         module.tokenizer.save_pretrained(aside)
         card = _card(module, folder.name, steps, metrics, aside)
         (aside / "README.md").write_text(redact(card), encoding="utf-8")
         if not (aside / "index.json").exists():  # a library has its own
             write_checksums(aside)
-
-
-def name_base(config: Path, source: str) -> None:
-    """Name the base model as the user did; PEFT writes where it was loaded from, a cache folder perhaps."""
-    if config.exists():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values["base_model_name_or_path"] = source
-        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, float], folder: Path) -> str:
@@ -187,7 +182,7 @@ def export_adapter(
     facts = read_json(config)
     if not isinstance(facts, dict):
         raise ValueError(f"{config} describes no adapter.")
-    base = base or facts.get("base_model_name_or_path")
+    base = base or base_named(source, facts)
     if to != "shira" and not (base and isinstance(base, str)):
         raise ValueError(f"adapter={adapter!r} does not name its base model. Give it with --base.")
     if to == "shira":
@@ -195,15 +190,7 @@ def export_adapter(
     elif to == "sparse":
         import_shira(source, target, _load_base(base), base)
     else:
-        model = _load_base(base)
-        if facts.get("peft_type") == PEFT_TYPE:
-            SparseExpert(source).apply(model)
-        else:
-            model = _with_peft(model, source).merge_and_unload()
-        with complete_folder(target) as folder:
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(resolve_model(str(base))).save_pretrained(folder)
-            write_checksums(folder)
+        _export_model(source, target, str(base), facts)
     what = {
         "model": "the merged model, in float32,",
         "shira": "a SHiRA adapter",
@@ -216,22 +203,22 @@ def _load_base(base: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve_model(base), dtype=torch.float32)
 
 
-def _with_peft(model: Any, source: Path) -> Any:
-    """Put an adapter of PEFT into a model, whole; PEFT only warns where weights are missing."""
-    check_files(source)
-    try:
-        adapted = PeftModel.from_pretrained(model, source)
-    except Exception as error:  # of many kinds, for a configuration that makes no sense
-        said = str(error).splitlines()
-        raise ValueError(
-            f"{source} is no adapter that PEFT can load into this model: {type(error).__name__}: "
-            f"{said[0] if said else ''}. Copy it again, or give its own base model with --base."
-        ) from None
-    held = set(open_tensors(source / "adapter_model.safetensors").keys())
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if missing := sorted(expected.keys() - held):
-        raise ValueError(
-            f"{source / 'adapter_model.safetensors'} lacks {missing[0]}, which its adapter_config.json promises. Copy "
-            "the folder again."
-        )
-    return adapted
+def _export_model(source: Path, target: Path, base: str, facts: Mapping[str, Any]) -> None:
+    """Write the merged model with the tokenizer it was trained with, and read it back."""
+    model = _load_base(base)
+    of_base = AutoTokenizer.from_pretrained(resolve_model(base))
+    tokenizer = own_tokenizer(source, of_base) or of_base
+    if facts.get("peft_type") == PEFT_TYPE:
+        SparseExpert(source).apply(model)
+        check_finite(model.named_parameters(), f"{source}, merged")
+        probe = probe_of(model)
+    else:
+        model, probe = merge_peft(model, source, facts)
+    check_vocabulary(model, tokenizer, of_base, source)
+    set_ends(model, tokenizer, of_base, source)
+    with complete_folder(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model  # two of them may not fit
+        probe.check(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(source))
+        write_checksums(folder)

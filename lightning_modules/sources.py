@@ -20,7 +20,7 @@ CHOOSING = frozenset(
         *("token", "cache_dir", "local_files_only", "force_download", "proxies"),
     }
 )
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def load_config(source: str, model_kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -189,7 +189,7 @@ def _check_folder(source: str, folder: Path) -> None:
     for what, patterns in (
         ("model configuration", ("config.json",)),
         ("weights", _WEIGHTS),
-        ("tokenizer", _TOKENIZERS),
+        ("tokenizer", TOKENIZERS),
     ):
         if not any(next(folder.glob(pattern), None) for pattern in patterns):
             raise ValueError(
@@ -222,10 +222,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QUIVER_CACHE", "~/.cache/quiver")).expanduser()
 
 
-def _convert(file: Path) -> Path:
+def converted_folder(file: Path) -> Path:
+    """Return the folder that a GGUF file is converted into; it may not be there yet."""
     facts = file.stat()
     key = hashlib.sha256(f"{file.absolute()}:{facts.st_size}:{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_folder() / f"{file.stem}-{key}"
+    return cache_folder() / f"{file.stem}-{key}"
+
+
+def _convert(file: Path) -> Path:
+    target = converted_folder(file)
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.adapter_tokenizer import choose_tokenizer, set_ends
+from lightning_modules.base_names import name_base, whereabouts
 from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.merging.experts import Expert, open_expert
@@ -93,6 +95,9 @@ def merge_experts(
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     for expert in opened:
         expert.fit(model)
+    of_base = AutoTokenizer.from_pretrained(place)
+    tokenizer, warning = choose_tokenizer([expert.folder for expert in opened], of_base)
+    set_ends(model, tokenizer, of_base)
     tally = _Tally()
     of_factors = function in METHODS_OF_FACTORS
     changes = _changes(partial(function, **settings), opened, model, tally, of_factors=of_factors)
@@ -103,11 +108,13 @@ def merge_experts(
     }
     with complete_folder(target) as folder:
         note = writers[to](folder, changes, model)
-        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if to == "lora":
+            name_base(folder / "adapter_config.json", source, place)
         card = _card(target.name, source, method, settings, experts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checksums(folder)
-    print(_summary(method, len(opened), tally, note, target))  # noqa: T201
+    print(_summary(method, len(opened), tally, "\n".join(filter(None, [note, warning])), target))  # noqa: T201
 
 
 def _check_output(to: str, rank: int, dtype: str) -> None:
@@ -140,18 +147,13 @@ def _common_base(experts: Sequence[Expert]) -> str:
     named = [(expert.folder, expert.base) for expert in experts if expert.base]
     if not named:
         raise ValueError("No expert names its base model. Give it with --base.")
-    if len({_whereabouts(base) for _, base in named}) > 1:
+    if len({whereabouts(base) for _, base in named}) > 1:
         listed = ", ".join(f"{folder} names {base}" for folder, base in named)
         raise ValueError(
             f"experts: they have different base models: {listed}. Merge experts of one base model; if these "
             "are one model under several names, say which with --base."
         )
     return named[0][1]
-
-
-def _whereabouts(base: str) -> str:
-    path = Path(base).expanduser()
-    return str(path.resolve()) if path.exists() else base
 
 
 def _changes(

@@ -252,7 +252,11 @@ def _add(
     overall = {metric: value for metric, value in metrics.items() if "/" not in metric}
     with tempfile.TemporaryDirectory() as aside:
         module.adapter.write(Path(aside), state)
-        name_base(Path(aside) / "adapter_config.json", module.source)
+        name_base(
+            Path(aside) / "adapter_config.json",
+            module.adapter.source or module.source,
+            choice=module.adapter.choice,
+        )
         library.add(
             aside,
             free,

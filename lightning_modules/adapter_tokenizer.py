@@ -40,7 +40,7 @@ def own_tokenizer(folder: Path, base: Any) -> Any | None:
     if not set(present) & set(TOKENIZERS):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds, for a file that is broken or alone
         said = str(error).splitlines() or [type(error).__name__]
         raise ValueError(

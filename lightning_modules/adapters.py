@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,11 +43,13 @@ class Adapter(ABC):
 
     Attributes:
         source: The base model, as the user named it; the module sets it before `attach`.
+        choice: Which version of it, as `written_choice` returns; the module sets it too.
         reads_weights: Whether `attach` reads base weights, which under sharding may not be in memory yet.
         joins_shards: Whether `attach` takes a model that is sharded already; else it comes before.
     """
 
     source: str | None = None
+    choice: Mapping[str, str] = MappingProxyType({})
     reads_weights: bool = False
     joins_shards: bool = False
 

@@ -19,7 +19,9 @@ FACTS = "quiver.json"  # beside an adapter: what its own files have no place for
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+")
 
 
-def name_base(config: Path, source: str, place: str | None = None) -> None:
+def name_base(
+    config: Path, source: str, place: str | None = None, choice: Mapping[str, str] | None = None
+) -> None:
     """Name the base model as the user did; PEFT writes where it was loaded from, a cache folder perhaps.
 
     A converted GGUF file has a name that Quiver alone reads. PEFT's `AutoPeftModelForCausalLM` needs the cache folder,
@@ -29,15 +31,36 @@ def name_base(config: Path, source: str, place: str | None = None) -> None:
         config: `adapter_config.json`; nothing is done where there is none.
         source: The base model, as in `model:` of a configuration.
         place: The folder or hub id that transformers loads, for a folder that PEFT reads.
+        choice: Which version of it: `revision` goes into the configuration, where PEFT looks for it, and `subfolder`
+            into quiver.json. See `written_choice`.
     """
     if not config.exists():
         return
     values = json.loads(config.read_text(encoding="utf-8"))
     converted = values.get("peft_type") != PEFT_TYPE and check_model(source).endswith(".gguf")
     values["base_model_name_or_path"] = place if place and converted else source
+    facts = {"base": source} if place and converted else {}
+    if choice and "revision" in choice:
+        values["revision"] = choice["revision"]
+    if choice and "subfolder" in choice:
+        facts["subfolder"] = choice["subfolder"]
     config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-    if place and converted:
-        config.with_name(FACTS).write_text(json.dumps({"base": source}, indent=1), encoding="utf-8")
+    if facts:
+        config.with_name(FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def base_choice(folder: Path) -> dict[str, str]:
+    """Return which version of its base model an adapter names: `revision` and `subfolder`, where it has them.
+
+    Args:
+        folder: The adapter.
+    """
+    found = {}
+    for file, key in (("adapter_config.json", "revision"), (FACTS, "subfolder")):
+        value = read_object(folder / file).get(key) if (folder / file).is_file() else None
+        if isinstance(value, str) and value:
+            found[key] = value
+    return found
 
 
 def base_named(folder: Path, config: Mapping[str, Any]) -> str | None:

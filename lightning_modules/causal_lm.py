@@ -41,6 +41,7 @@ from lightning_modules.sources import (
     load_config,
     load_model,
     load_tokenizer,
+    written_choice,
 )
 from lightning_modules.text import encode_prompts
 
@@ -162,7 +163,7 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         prefer_blocks(base)
         make_norms_lean(base)
         see_rows_alone(base)
-        self.adapter.source = self.source
+        self.adapter.source, self.adapter.choice = written_choice(self.source, self._model_kwargs)
         self.model = self._attach(base)
         # No buffer changes in training unless all ranks change it alike; DDP would send them at each forward.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_modules.adapter_tokenizer import check_vocabulary, own_tokenizer, set_ends
-from lightning_modules.base_names import base_named, name_base
+from lightning_modules.base_names import base_choice, base_named, name_base
 from lightning_modules.checksums import check_checksums, write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.finite import check_finite
 from lightning_modules.merged_adapter import merge_peft, probe_of
 from lightning_modules.secrets import redact
-from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.sources import check_model, code_choice, load_model, load_tokenizer
 from lightning_modules.sparse.expert import SparseExpert
 from lightning_modules.sparse.shira import export_shira, import_shira
 from lightning_modules.sparse.storage import PEFT_TYPE, read_json
@@ -51,7 +50,7 @@ Versions: {versions}.
 _LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = AutoModelForCausalLM.from_pretrained({base}{choice})
 model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
 
 _LOAD_CONVERTED_ADAPTER = """from peft import PeftModel
@@ -68,7 +67,7 @@ from transformers import AutoModelForCausalLM
 from lightning_modules.sources import resolve_model  # pip install lightning-quiver
 from lightning_modules.sparse.expert import SparseExpert
 
-model = AutoModelForCausalLM.from_pretrained(resolve_model({base}), dtype=torch.{dtype})
+model = AutoModelForCausalLM.from_pretrained(resolve_model({base}){choice}, dtype=torch.{dtype})
 expert = SparseExpert("path/of/this/folder").apply(model)  # expert.remove() restores the base model"""
 
 _LOAD_LIBRARY = """import torch
@@ -77,7 +76,7 @@ from transformers import AutoModelForCausalLM
 from lightning_modules import RoutedAdapter, UniformRouter  # pip install lightning-quiver
 from lightning_modules.sources import resolve_model
 
-model = AutoModelForCausalLM.from_pretrained(resolve_model({base}), dtype=torch.{dtype})
+model = AutoModelForCausalLM.from_pretrained(resolve_model({base}){choice}, dtype=torch.{dtype})
 RoutedAdapter(UniformRouter(), library="path/of/this/folder").attach(model)  # or another router"""
 
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM
@@ -110,7 +109,8 @@ def save_adapter(
     check_finite(state.items(), f"{folder} is not written: the trained adapter has no usable values")
     with complete_folder(folder) as aside:
         module.adapter.write(aside, state)
-        name_base(aside / "adapter_config.json", module.source, module.tokenizer.name_or_path)
+        source, choice = module.adapter.source or module.source, module.adapter.choice
+        name_base(aside / "adapter_config.json", source, module.tokenizer.name_or_path, choice)
         module.tokenizer.save_pretrained(aside)
         card = _card(module, folder.name, steps, metrics, aside)
         (aside / "README.md").write_text(redact(card), encoding="utf-8")
@@ -124,7 +124,8 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
     is_library = (folder / "index.json").is_file()
     is_adapter = peft_type is not None
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    place = check_model(module.source)
+    source = module.adapter.source or module.source
+    place = check_model(source)
     is_hub_id = not Path(place).exists()
     template = _LOAD_MODEL
     if is_library:
@@ -134,17 +135,18 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
     elif is_adapter:
         template = _LOAD_CONVERTED_ADAPTER if place.endswith(".gguf") else _LOAD_ADAPTER
     dtype = str(module.weights_dtype).removeprefix("torch.")
-    loading = template.format(base=json.dumps(module.source), dtype=dtype)
+    choice = "".join(f", {name}={json.dumps(value)}" for name, value in module.adapter.choice.items())
+    loading = template.format(base=json.dumps(source), choice=choice, dtype=dtype)
     return _CARD.format(
         # The hub takes no path here, and a path of this machine would tell nobody anything.
-        base_model=f"base_model: {module.source}\n" if is_hub_id else "",
+        base_model=f"base_model: {source}\n" if is_hub_id else "",
         library="lightning-quiver"
         if is_library or peft_type == PEFT_TYPE
         else ("peft" if is_adapter else "transformers"),
         method=type(module).__name__.removesuffix("Module").lower(),
         title=title,
         what="A library of adapters" if is_library else "An adapter" if is_adapter else "A fine-tuned copy",
-        source=module.source,
+        source=source + choice,
         module=type(module).__name__,
         steps=steps,
         loading=loading,
@@ -157,7 +159,11 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
 
 
 def export_adapter(
-    adapter: str, output: str, base: str | None = None, to: Literal["model", "shira", "sparse"] = "model"
+    adapter: str,
+    output: str,
+    base: str | None = None,
+    to: Literal["model", "shira", "sparse"] = "model",
+    model_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Write an adapter folder, sparse or of PEFT, in another form.
 
@@ -167,6 +173,8 @@ def export_adapter(
         base: The base model, as in `model:` of a configuration; by default what the adapter names.
         to: `model` merges the adapter into its base model, a plain Hugging Face folder in float32; `shira`
             turns a sparse adapter into one of PEFT's SHiRA, and `sparse` the other way round.
+        model_kwargs: Which version of the base model, and how it is read, as in a configuration, such as
+            `--model_kwargs.trust_remote_code true`; `revision` by default what the adapter names.
 
     Raises:
         ValueError: If `adapter` is no adapter folder or of the wrong kind, `output` exists, or the base model
@@ -182,15 +190,17 @@ def export_adapter(
     facts = read_json(config)
     if not isinstance(facts, dict):
         raise ValueError(f"{config} describes no adapter.")
+    named = base is None
     base = base or base_named(source, facts)
     if to != "shira" and not (base and isinstance(base, str)):
         raise ValueError(f"adapter={adapter!r} does not name its base model. Give it with --base.")
+    model_kwargs = {**(base_choice(source) if named else {}), **(model_kwargs or {})}
     if to == "shira":
         export_shira(source, target)
     elif to == "sparse":
-        import_shira(source, target, _load_base(base), base)
+        import_shira(source, target, load_model(str(base), model_kwargs, dtype=torch.float32), base)
     else:
-        _export_model(source, target, str(base), facts)
+        _export_model(source, target, str(base), facts, model_kwargs)
     what = {
         "model": "the merged model, in float32,",
         "shira": "a SHiRA adapter",
@@ -199,14 +209,12 @@ def export_adapter(
     print(f"Wrote {what} to {target}")  # noqa: T201
 
 
-def _load_base(base: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(resolve_model(base), dtype=torch.float32)
-
-
-def _export_model(source: Path, target: Path, base: str, facts: Mapping[str, Any]) -> None:
+def _export_model(
+    source: Path, target: Path, base: str, facts: Mapping[str, Any], model_kwargs: Mapping[str, Any]
+) -> None:
     """Write the merged model with the tokenizer it was trained with, and read it back."""
-    model = _load_base(base)
-    of_base = AutoTokenizer.from_pretrained(resolve_model(base))
+    model = load_model(base, model_kwargs, dtype=torch.float32)
+    of_base = load_tokenizer(base, model_kwargs)
     tokenizer = own_tokenizer(source, of_base) or of_base
     if facts.get("peft_type") == PEFT_TYPE:
         SparseExpert(source).apply(model)
@@ -220,5 +228,5 @@ def _export_model(source: Path, target: Path, base: str, facts: Mapping[str, Any
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         del model  # two of them may not fit
-        probe.check(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(source))
+        probe.check(load_model(str(folder), code_choice(model_kwargs), dtype=torch.float32), str(source))
         write_checksums(folder)

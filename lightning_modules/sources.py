@@ -125,6 +125,27 @@ def check_choice(source: str, model_kwargs: Mapping[str, Any] | None = None) -> 
     check_model(_inside(source, model_kwargs or {}))
 
 
+def code_choice(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return of the options that choose a model those that hold for a copy of it too: whether its code may run."""
+    return {name: value for name, value in (model_kwargs or {}).items() if name == "trust_remote_code"}
+
+
+def written_choice(source: str, model_kwargs: Mapping[str, Any] | None = None) -> tuple[str, dict[str, str]]:
+    """Return how a model is named in what is written: its name, and what else says which version it is.
+
+    Args:
+        source: As in `resolve_model`.
+        model_kwargs: As in `load_config`.
+
+    Returns:
+        The name, and of `revision` and `subfolder` those that are given and not part of the name. Never whether its
+        code may run, which each command must be told anew.
+    """
+    name = _inside(source, model_kwargs or {})
+    kept = ("revision", "subfolder") if name == source else ("revision",)
+    return name, {key: str(value) for key in kept if (value := (model_kwargs or {}).get(key))}
+
+
 def _inside(source: str, choice: Mapping[str, Any]) -> str:
     """Go into a subfolder of a folder; one on the hub is left to transformers."""
     folder, inside = Path(source).expanduser(), choice.get("subfolder")

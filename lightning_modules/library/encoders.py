@@ -73,7 +73,10 @@ class SentenceEncoder:
         if self._loaded is None:
             place = _place(self.model)
             try:
-                self._loaded = AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(place).eval()
+                self._loaded = (
+                    AutoTokenizer.from_pretrained(place, trust_remote_code=False),
+                    AutoModel.from_pretrained(place, trust_remote_code=False).eval(),
+                )
             except OSError as error:
                 raise ValueError(f"encoder: model={self.model!r} cannot be loaded. {error}") from error
         return self._loaded

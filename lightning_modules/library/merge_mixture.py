@@ -44,7 +44,9 @@ def export_mixture(adapter: RoutedAdapter, folder: Path, task: str | None = None
     with complete_folder(folder) as aside:
         write_expert(aside, factors, adapter.source)
         if adapter.source is not None:
-            name_base(aside / "adapter_config.json", adapter.source, resolve_model(adapter.source))
+            name_base(
+                aside / "adapter_config.json", adapter.source, resolve_model(adapter.source), adapter.choice
+            )
         write_checksums(aside)
 
 

@@ -15,7 +15,10 @@ from lightning_modules.finite import check_finite
 
 
 def write_expert(
-    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor, float]], source: str | None
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor, float]],
+    source: str | None,
+    revision: str | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into an existing folder.
 
@@ -23,6 +26,7 @@ def write_expert(
         folder: Where to.
         factors: By layer: A (r, in), B (out, r) and alpha / r.
         source: The base model, as the user named it.
+        revision: Its version on the hub, where one was chosen.
 
     Raises:
         ValueError: If a value is NaN or infinite.
@@ -34,6 +38,7 @@ def write_expert(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source,
+        "revision": revision,
         "target_modules": sorted(factors),
         "r": rank,
         "lora_alpha": alpha,

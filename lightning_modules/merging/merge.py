@@ -14,14 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.adapter_tokenizer import choose_tokenizer, set_ends
-from lightning_modules.base_names import name_base, whereabouts
+from lightning_modules.base_names import base_choice, name_base, whereabouts
 from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.merging.experts import Expert, open_expert
 from lightning_modules.merging.methods import METHODS_OF_FACTORS, Method, check_options, find_method
 from lightning_modules.merging.outputs import write_lora, write_model, write_sparse_adapter
 from lightning_modules.merging.vectors import Delta
-from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.sources import (
+    check_model,
+    code_choice,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    written_choice,
+)
 from lightning_modules.sparse.delta import SparseDelta, check_indices
 
 _CARD = """---
@@ -60,6 +67,7 @@ def merge_experts(
     rank: int = 16,
     dtype: Literal["float32", "bfloat16"] = "float32",
     options: dict[str, Any] | None = None,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Merge experts into one model or one adapter. They are read weight by weight; sums are in float32.
 
@@ -73,13 +81,13 @@ def merge_experts(
         rank: Of the LoRA adapter.
         dtype: Of the model's weights on disk.
         options: Settings of the method, such as --options.density 0.2.
+        model_kwargs: Which version of the base model, and how it is read, as in a configuration, such as
+            `--model_kwargs.trust_remote_code true`; `revision` by default what the experts name.
 
     Raises:
         ValueError: If an expert cannot be read, experts do not fit the base model or each other, `output`
             exists, or a method or an option is unknown. Nothing is written then.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     settings = options or {}
     function = find_method(method)
     check_options(function, settings)
@@ -90,12 +98,14 @@ def merge_experts(
     opened = [open_expert(folder) for folder in experts]
     _check_distinct(opened)
     _check_sparse(to, opened)
-    source = base or _common_base(opened)
+    source, named = (base, {}) if base else _common_base(opened)
+    kwargs = {**named, **(model_kwargs or {})}
+    source, choice = written_choice(source, kwargs)
     place = resolve_model(source)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    model = load_model(source, {**code_choice(kwargs), **choice}, dtype=torch.float32)
     for expert in opened:
         expert.fit(model)
-    of_base = AutoTokenizer.from_pretrained(place)
+    of_base = load_tokenizer(source, {**code_choice(kwargs), **choice})
     tokenizer, warning = choose_tokenizer([expert.folder for expert in opened], of_base)
     set_ends(model, tokenizer, of_base)
     tally = _Tally()
@@ -110,7 +120,9 @@ def merge_experts(
         note = writers[to](folder, changes, model)
         tokenizer.save_pretrained(folder)
         if to == "lora":
-            name_base(folder / "adapter_config.json", source, place)
+            name_base(folder / "adapter_config.json", source, place, choice)
+        elif to == "sparse":
+            name_base(folder / "adapter_config.json", source, choice=choice)
         card = _card(target.name, source, method, settings, experts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checksums(folder)
@@ -142,8 +154,8 @@ def _check_sparse(to: str, experts: Sequence[Expert]) -> None:
         )
 
 
-def _common_base(experts: Sequence[Expert]) -> str:
-    """The base model that the experts name."""
+def _common_base(experts: Sequence[Expert]) -> tuple[str, dict[str, str]]:
+    """The base model that the experts name, and which version of it."""
     named = [(expert.folder, expert.base) for expert in experts if expert.base]
     if not named:
         raise ValueError("No expert names its base model. Give it with --base.")
@@ -153,7 +165,14 @@ def _common_base(experts: Sequence[Expert]) -> str:
             f"experts: they have different base models: {listed}. Merge experts of one base model; if these "
             "are one model under several names, say which with --base."
         )
-    return named[0][1]
+    choices = {expert.folder: base_choice(expert.folder) for expert in experts if expert.base}
+    if len({tuple(sorted(choice.items())) for choice in choices.values()}) > 1:
+        listed = ", ".join(f"{folder} names {choice or 'none'}" for folder, choice in choices.items())
+        raise ValueError(
+            f"experts: they have different versions of a base model: {listed}. Merge experts of one version, or say "
+            "which with --base and --model_kwargs.revision."
+        )
+    return named[0][1], choices[named[0][0]]
 
 
 def _changes(

@@ -73,7 +73,7 @@ def plan_run(
             f"model={type(module).__name__} cannot be planned: its step is not known. Plan SFTModule, GRPOModule, "
             "or a class derived from them."
         )
-    config = read_config(module.source)
+    config = read_config(module.source, module._model_kwargs)
     adapters = _stages(module.adapter)
     if isinstance(module, GRPOModule):
         _make(module, adapters[""], config, ranks)

@@ -139,6 +139,12 @@ class PolicyFolderSampler(Sampler, Generic[Loaded]):
         return str(self._tokenizer.name_or_path)
 
     @property
+    def revision(self) -> str | None:
+        """Commit of the base model that was loaded from the hub; None for a folder."""
+        found: str | None = getattr(self._model.config, "_commit_hash", None)
+        return None if Path(self.place).exists() else found
+
+    @property
     def dtype(self) -> str:
         """Precision of the base weights."""
         weight = self._model.get_input_embeddings().weight  # type: ignore[operator]

@@ -143,6 +143,8 @@ class VLLMEngineSampler(PolicyFolderSampler[int]):
         lora = {} if policy.room is None else {"enable_lora": True, "max_lora_rank": policy.room}
         return LLM(
             model=self.place,
+            revision=self.revision,
+            tokenizer_revision=self.revision,
             dtype=self.dtype,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_model_len=self.max_model_len,

@@ -77,8 +77,8 @@ def _load(kind: Any, source: str, model_kwargs: Mapping[str, Any] | None, option
     except (
         OSError,
         ValueError,
-    ) as error:  # transformers raises the second for kinds of models that it does not know
-        raise ValueError(f"model={source!r} cannot be loaded. {error}") from error
+    ) as error:  # its ValueErrors say which kinds of models or whose code it refuses
+        raise ValueError(f"model={source!r} cannot be loaded. {error}") from None
 
 
 def choose_model(source: str, model_kwargs: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ def test_all_parts_are_of_one_version(hub):
         assert read_config(NAME, kwargs).rms_norm_eps == (1e-3 if is_new else 1e-6)
         assert load_tokenizer(NAME, kwargs).chat_template.startswith("v2") == is_new
         model = load_model(NAME, kwargs | {"use_safetensors": True}, dtype=torch.bfloat16)
-        assert float(model.model.norm.weight[0]) == (0.5 if is_new else 1.0)
+        assert float(model.model.norm.weight.detach()[0]) == (0.5 if is_new else 1.0)
         assert model.dtype == torch.bfloat16
 
 
@@ -65,7 +65,7 @@ def test_code_of_a_repository_is_refused_without_asking(tiny_model, tmp_path, mo
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("raise RuntimeError('it ran')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
-    with pytest.raises(ValueError, match="cannot be loaded.*trust_remote_code"):
+    with pytest.raises(ValueError, match=r"(?s)cannot be loaded.*trust_remote_code"):
         load_config(str(folder))
 
 
@@ -97,7 +97,7 @@ def test_a_run_and_what_follows_it_use_one_version(hub, tmp_path, monkeypatch, c
     own = {"model_kwargs": {"revision": "v2", "cache_dir": hub}}
     run = write_run(NAME, module="SFTModule", init_args=own, callbacks=[exports])
     assert main(["fit", "-c", run]) == 0
-    [folder] = {path.parent for path in Path("adapters").rglob("adapter_config.json")}
+    [folder] = {path.parent for path in Path("run").rglob("adapter_config.json")}
     assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "v2"
     assert AutoTokenizer.from_pretrained(folder).chat_template.startswith("v2")
     card = (folder / "README.md").read_text()

@@ -32,7 +32,7 @@ def test_a_special_token_ends_its_row(chatty, sampler_class):
     sampler.bind(model, tokenizer)
     prompts = tokenizer(["hi", "what is 2 + 2?", "zz"])["input_ids"] * 4
     free = sampler.generate(prompts, Sampling(max_new_tokens=40), seeds=range(12))
-    assert sum(257 in ids[:-1] for ids in free.token_ids) > 6
+    assert sum(257 in ids[:-1] for ids in free.token_ids) > 2
     after = next(
         tokenizer.decode(ids[ids.index(257) : ids.index(257) + 2])
         for ids in free.token_ids

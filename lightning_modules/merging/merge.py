@@ -23,7 +23,6 @@ from lightning_modules.merging.outputs import write_lora, write_model, write_spa
 from lightning_modules.merging.vectors import Delta
 from lightning_modules.sources import (
     check_model,
-    code_choice,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -100,12 +99,11 @@ def merge_experts(
     _check_sparse(to, opened)
     source, named = (base, {}) if base else _common_base(opened)
     kwargs = {**named, **(model_kwargs or {})}
-    source, choice = written_choice(source, kwargs)
-    place = resolve_model(source)
-    model = load_model(source, {**code_choice(kwargs), **choice}, dtype=torch.float32)
+    model = load_model(source, kwargs, dtype=torch.float32)
     for expert in opened:
         expert.fit(model)
-    of_base = load_tokenizer(source, {**code_choice(kwargs), **choice})
+    of_base = load_tokenizer(source, kwargs)
+    source, choice = written_choice(source, kwargs)
     tokenizer, warning = choose_tokenizer([expert.folder for expert in opened], of_base)
     set_ends(model, tokenizer, of_base)
     tally = _Tally()
@@ -120,7 +118,7 @@ def merge_experts(
         note = writers[to](folder, changes, model)
         tokenizer.save_pretrained(folder)
         if to == "lora":
-            name_base(folder / "adapter_config.json", source, place, choice)
+            name_base(folder / "adapter_config.json", source, resolve_model(source), choice)
         elif to == "sparse":
             name_base(folder / "adapter_config.json", source, choice=choice)
         card = _card(target.name, source, method, settings, experts)

@@ -18,7 +18,7 @@ from datamodules.batches import Answer, Prompt, TextBatch
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.distributed import all_sum
 from lightning_modules.logprobs import completion_logits, token_logprobs
-from lightning_modules.microbatches import pad_pairs, plan_micro_batches
+from lightning_modules.microbatches import pad_pairs, plan_micro_batches, within_width
 from lightning_modules.sampling import GenerateSampler, Sampler, Sampling
 from lightning_modules.sampling.stops import end_tokens
 from lightning_modules.text import encode_answers, prediction_rows
@@ -154,10 +154,12 @@ class SFTModule(CausalLMModule):
         """Tokenised prompts and answers, grouped within the token budget."""
         answers = self.encode_answers(batch.answers, batch.prompts, uids=batch.uids)
         prompts = self.encode_prompts(batch.prompts, room=[*map(len, answers)], uids=batch.uids)
-        lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        pairs = [(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        context = self.context_length
         return [
             MicroBatch(rows, [prompts[i] for i in rows], [answers[i] for i in rows])
-            for rows in plan_micro_batches(lengths, self.max_tokens_per_microbatch)
+            for group in plan_micro_batches([sum(pair) for pair in pairs], self.max_tokens_per_microbatch)
+            for rows in ([group] if context is None else within_width(group, pairs, context))
         ]
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> None:

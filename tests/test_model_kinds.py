@@ -189,6 +189,14 @@ def test_rows_that_fit_alone_fit_together(narrow):
     assert run_on(ROWS, narrow) == 0
 
 
+def test_models_that_compute_nothing_wider_than_their_context_get_no_wider_padding(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = folder_of(build("Mpt", max_seq_len=128), tiny_model, tmp_path / "model")
+    assert run_on(ROWS, model, adapter=None, attn_implementation="eager") == 0
+
+
 def test_a_row_beyond_the_context_is_named_before_the_first_step(narrow, capfd):
     rows = [*ROWS, {"prompt": "p" * 90, "answer": "b" * 40}]
     assert run_on(rows, narrow) == 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.checkpoint_io import CompleteCheckpointIO
 from lightning_modules.export import save_adapter
+from lightning_modules.finite import check_finite
 
 
 class AdapterExport(lightning.Callback):
@@ -44,7 +45,11 @@ class AdapterExport(lightning.Callback):
             raise ValueError(f"AdapterExport exports a CausalLMModule, not {type(pl_module).__name__}.")
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Export."""
+        """Export.
+
+        Raises:
+            ValueError: If a trained value is NaN or infinite.
+        """
         root = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.fast_dev_run or not self._trained:  # type: ignore[attr-defined]
             return
@@ -82,6 +87,9 @@ class AdapterExport(lightning.Callback):
         steps: int,
         metrics: dict[str, float],
     ) -> None:
+        check_finite(
+            state.items(), f"AdapterExport writes no {folder.name}"
+        )  # on all ranks, so that none waits
         if not trainer.is_global_zero:
             return
         save_adapter(module, folder, steps=steps, metrics=metrics, state=state)

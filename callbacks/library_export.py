@@ -17,8 +17,8 @@ from callbacks.graceful_stop import GracefulStop
 from datamodules.base import TextDataModule
 from datamodules.rows import DEFAULT_TASK
 from lightning_modules.adapters import PeftAdapter
+from lightning_modules.base_names import name_base
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.export import name_base
 from lightning_modules.files import complete_folder
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.entry import AdapterEntry, check_name
@@ -252,7 +252,11 @@ def _add(
     overall = {metric: value for metric, value in metrics.items() if "/" not in metric}
     with tempfile.TemporaryDirectory() as aside:
         module.adapter.write(Path(aside), state)
-        name_base(Path(aside) / "adapter_config.json", module.source)
+        name_base(
+            Path(aside) / "adapter_config.json",
+            module.adapter.source or module.source,
+            choice=module.adapter.choice,
+        )
         library.add(
             aside,
             free,

@@ -2,13 +2,14 @@
 
 from datamodules.arithmetic import ArithmeticDataModule
 from datamodules.base import TextDataModule
-from datamodules.batches import Message, Prompt, TextBatch
+from datamodules.batches import Answer, Message, Prompt, TextBatch
 from datamodules.hub import HubDataModule
 from datamodules.jsonl import JsonlDataModule
 from datamodules.multitask import MultiTaskDataModule
 from datamodules.reasoning_gym import ReasoningGymDataModule
 
 __all__ = [
+    "Answer",
     "ArithmeticDataModule",
     "HubDataModule",
     "JsonlDataModule",

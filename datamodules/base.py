@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from datamodules.batches import Prompt, TextBatch
+from datamodules.conversations import holds_message
 from datamodules.loader import EvalLoader, TextLoader, TrainLoader
-from datamodules.rows import ColumnarRows, ParsedRow, RowFormat, Rows
+from datamodules.rows import TOOLS_COLUMN, ColumnarRows, ParsedRow, RowFormat, Rows
 from datamodules.splits import permutation, weighted
 from lightning_modules.ranges import check_whole
 
@@ -34,17 +35,24 @@ class TextDataModule(LightningDataModule):
             def rows(self, split):
                 return [{"prompt": "Capital of France?", "answer": "Paris"}] if split == "train" else []
 
-    Batches carry text, never tokens, so every model and chat template can read every DataModule.
+    Batches carry text, never tokens, so every model and chat template can read every DataModule. A column may be a path
+    into a struct, such as `reward_model.ground_truth`. What is to be text is text or a number: a struct, a nested list,
+    a truth value, a date or NaN is refused with its row, for none of them has one spelling.
 
     Args:
         batch_size: Prompts per rank and training step.
         val_batch_size: Prompts per rank and validation, test or prediction step; None means `batch_size`.
-        prompt_column: Column with the prompt: a string, or a list of `{"role", "content"}` messages.
-        answer_column: Column with the gold answer (of a list, its first element); None for data without.
+        prompt_column: Column with the prompt: a string, or a list of `{"role", "content"}` messages. The model goes
+            on with the last one if that is an assistant's.
+        answer_column: Column with the gold answer (of a list, its first element), or one assistant message; None for
+            data without.
         task_column: Column that names the task of a row; None puts all rows into one task, `default`.
-        choices_column: Column with the list of candidate answers of multiple choice.
+        choices_column: Column with the list of candidate answers of multiple choice, the answer among them.
         messages_column: Column with a whole conversation, in place of prompt and answer columns: its last
-            message, the assistant's, is the gold answer, what precedes it is the prompt.
+            message, the assistant's, is the gold answer, what precedes it is the prompt. Messages may hold what the
+            chat template reads besides role and content, such as `tool_calls` and `reasoning_content`.
+        tools_column: Column with the tools that a row offers, a list of schemas or the same as JSON text; read where
+            rows have it. None if such a column is about something else.
         template: Format string over the row's columns that makes a string prompt; `{prompt}` is the value
             of the prompt column. Braces inside the values are left alone.
         system_prompt: Put before each prompt as a system message, unless the prompt brings its own.
@@ -66,6 +74,7 @@ class TextDataModule(LightningDataModule):
         task_column: str | None = None,
         choices_column: str | None = None,
         messages_column: str | None = None,
+        tools_column: str | None = TOOLS_COLUMN,
         template: str = "{prompt}",
         system_prompt: str | None = None,
         conversational: bool = False,
@@ -86,12 +95,14 @@ class TextDataModule(LightningDataModule):
             task_column=task_column,
             choices_column=choices_column,
             messages_column=messages_column,
+            tools_column=tools_column,
             template=template,
             system_prompt=system_prompt,
             conversational=conversational,
         )
         self._splits: dict[Split, Rows] = {}
         self._columns: dict[Split, list[str]] = {}
+        self._left_out: dict[Split, torch.Tensor] = {}  # True at rows that nobody gets
         self._train_loader: TrainLoader | None = None
         self._weights: torch.Tensor | None = None
         self._weights_of_epoch: tuple[int, torch.Tensor | None] | None = None
@@ -150,8 +161,30 @@ class TextDataModule(LightningDataModule):
                 raise ValueError("weights of rows must be finite, not negative, and not all 0")
         self._weights = weights
 
-    def _weighted_order(self, epoch: int) -> torch.Tensor:
+    def leave_out(self, split: Split, rows: Sequence[int]) -> None:
+        """Give these rows to nobody, from the next loader on; the others keep their uids.
+
+        An epoch of training has as many rows as the first one without them.
+
+        Args:
+            split: `train`, `val` or `test`.
+            rows: Their indices; not all that there are.
+        """
+        self._left_out[split] = torch.zeros(self.num_rows(split), dtype=torch.bool)
+        self._left_out[split][list(rows)] = True
+
+    def _kept_order(self, epoch: int) -> torch.Tensor:
         order = self.train_order(epoch)
+        if "train" not in self._left_out:
+            return order
+        left_out = self._left_out["train"]
+        kept, first = order[~left_out[order]], self.train_order(0)
+        length = int((~left_out[first]).sum())
+        # Epochs that take each row once all have that many; others may lack some, and begin again with their first.
+        return kept.repeat(-(-length // max(1, len(kept))))[:length]
+
+    def _weighted_order(self, epoch: int) -> torch.Tensor:
+        order = self._kept_order(epoch)
         # A resumed run must meet the weights with which the epoch began, not those of the time it was stopped.
         if self._weights_of_epoch is None or self._weights_of_epoch[0] != epoch:
             self._weights_of_epoch = (epoch, self._weights)
@@ -240,7 +273,7 @@ class TextDataModule(LightningDataModule):
         if not reloads or self._train_loader is None:
             self._train_loader = TrainLoader(
                 lambda indices: self.collate("train", indices),
-                len(self.train_order(0)),
+                len(self._kept_order(0)),
                 self.batch_size,
                 *self._rank_and_world_size(),
                 order=self._weighted_order,
@@ -281,24 +314,28 @@ class TextDataModule(LightningDataModule):
         rows = [self._splits[split][index] for index in indices]
         parsed = [self._parse(split, index, row) for index, row in zip(indices, rows, strict=True)]
         columns = {name: [row.get(name) for row in rows] for name in self._columns[split]}
-        answers = [row.answer for row in parsed]
         tasks = [row.task for row in parsed]
         has_answers = self.row_format.answer_column is not None or self.row_format.messages_column is not None
-        if has_answers:
-            columns.setdefault("answer", list(answers))
-        columns.setdefault("task", list(tasks))
-        return TextBatch(
+        batch = TextBatch(
             prompts=[row.prompt for row in parsed],
-            answers=answers,
+            answers=[row.answer for row in parsed],
             tasks=tasks,
             uids=list(indices),
             columns=columns,
             choices=[row.choices for row in parsed],
         )
+        if has_answers and ("answer" not in columns or any(map(holds_message, columns["answer"]))):
+            # A reward compares texts; of an answer that is tool calls it gets the message.
+            texts = zip(batch.answers, batch.answer_texts(), strict=True)
+            columns["answer"] = [text or answer for answer, text in texts]
+        columns.setdefault("task", list(tasks))
+        return batch
 
     def _checked_columns(self, split: Split, rows: Rows) -> list[str]:
         if isinstance(rows, ColumnarRows):
             columns = list(rows.column_names)
+            if len(rows):  # the first row shows mistakes that all of them share
+                self._parse(split, 0, rows[0])
         else:
             columns = list(dict.fromkeys(name for index in range(len(rows)) for name in rows[index]))
             for index in range(len(rows)):
@@ -322,14 +359,17 @@ class TextDataModule(LightningDataModule):
 
     def _eval_loader(self, split: Split, batch_size: int) -> EvalLoader:
         _, world_size = self._rank_and_world_size()
-        if len(self._splits[split]) < world_size:
+        rows = list(range(len(self._splits[split])))
+        if split in self._left_out:
+            rows = (~self._left_out[split]).nonzero()[:, 0].tolist()
+        if len(rows) < world_size:
             raise ValueError(
-                f"{type(self).__name__} has {len(self._splits[split])} {split} rows for {world_size} ranks; "
+                f"{type(self).__name__} has {len(rows)} {split} rows for {world_size} ranks; "
                 "give each rank at least one row, or none to all of them"
             )
         return EvalLoader(
-            lambda indices: self.collate(split, indices),
-            len(self._splits[split]),
+            lambda indices: self.collate(split, [rows[index] for index in indices]),
+            len(rows),
             batch_size,
             *self._rank_and_world_size(),
         )

@@ -9,11 +9,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-Message: TypeAlias = dict[str, str]
-"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+Message: TypeAlias = dict[str, Any]
+"""One turn of a conversation: `{"role": ..., "content": ...}`, and whatever else a chat template may read, such as
+`tool_calls` or `reasoning_content`. The first message of a conversation carries the tools on offer as `tools`."""
 
 Prompt: TypeAlias = str | list[Message]
 """A plain string, or a conversation. Rewards see completions in the same form (TRL's convention)."""
+
+Answer: TypeAlias = str | Message
+"""A text, or an assistant's message that holds more than its content, such as tool calls or reasoning."""
+
+
+def split_tools(messages: Sequence[Message]) -> tuple[list[Message], Any]:
+    """Return a conversation without the tools that its first message carries, and these; None where it has none."""
+    first, *rest = messages
+    return [{key: item for key, item in first.items() if key != "tools"}, *rest], first.get("tools")
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class TextBatch:
     """
 
     prompts: list[Prompt]
-    answers: list[str]
+    answers: list[Answer]
     tasks: list[str]
     uids: list[int]
     columns: dict[str, list[Any]]
@@ -67,6 +77,10 @@ class TextBatch:
             },
             choices=[*first.choices, *(one for batch in others for one in batch.choices)],
         )
+
+    def answer_texts(self) -> list[str]:
+        """Return the text of each answer, "" where it is tool calls alone (B)."""
+        return [one if isinstance(one, str) else one.get("content") or "" for one in self.answers]
 
     def to(self, device: Any) -> TextBatch:
         """Return the batch itself: text has no device. Lightning calls this to move a batch."""

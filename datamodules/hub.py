@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodules.base import Split, TextDataModule
-from datamodules.rows import Rows
+from datamodules.rows import ParsedRow, Rows
 from datamodules.splits import check_val_size, held_out
+from datamodules.values import without_nulls
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -18,7 +20,7 @@ _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "
 class HubDataModule(TextDataModule):
     """Rows of whatever `datasets.load_dataset` loads; they stay in their memory-mapped Arrow file.
 
-    Columns are checked against the schema before training, values when they are batched.
+    Columns are checked against the schema before training, and the first row; values when they are batched.
 
     Args:
         path: Hub id, local folder, local .parquet, .json, .jsonl or .csv file, or the name of a builder
@@ -96,6 +98,11 @@ class HubDataModule(TextDataModule):
     def row_name(self, split: Split, index: int) -> str:
         """Return data set, split and index of a row."""
         return f"{self.path}, row {index} of the {split} split"
+
+    def _parse(self, split: Split, index: int, row: object) -> ParsedRow:
+        if isinstance(row, Mapping):
+            row = {name: without_nulls(v) if isinstance(v, list | dict) else v for name, v in row.items()}
+        return super()._parse(split, index, row)
 
     def _load(self) -> DatasetDict:
         try:

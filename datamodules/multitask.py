@@ -13,6 +13,7 @@ import torch
 from datamodules.base import Split, TextDataModule
 from datamodules.jsonl import read_jsonl
 from datamodules.splits import check_val_size, held_out, permutation, quotas, stable_hash
+from datamodules.values import as_text
 from lightning_modules.ranges import check_number, check_whole
 
 
@@ -164,6 +165,8 @@ class MultiTaskDataModule(TextDataModule):
                 raise ValueError(
                     f"instructions={self.instructions!r} has no list of texts for the task {task!r}"
                 )
+            for text in texts[task]:
+                as_text(text, f"instructions={self.instructions!r}: the task {task!r}")
         return {task: texts[task] for task in tasks}
 
     def _task_rows(self, task: str, split: Split) -> list[tuple[str, Mapping[str, Any]]]:

@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
@@ -21,8 +23,18 @@ from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.foreign_ranges import check_peft
 from lightning_modules.lora import make_lean
+from lightning_modules.lora_start import (
+    add_start,
+    as_plain_lora,
+    has_start,
+    load_start,
+    start_tensors,
+    without_start,
+)
+from lightning_modules.peft_configs import check_trainable
 from lightning_modules.ranks import is_first_rank
 from lightning_modules.sharding import consolidated, copy_rows, read, sharded_like
+from lightning_modules.sparse.storage import fingerprint
 
 
 class Adapter(ABC):
@@ -38,6 +50,7 @@ class Adapter(ABC):
         choices: How often other entries than before were chosen to be trained since `attach`.
         moves_entries: Whether that can happen after something was learned.
         compute_dtype: Type in which the model computes, likewise; None is that of its weights.
+        choice: Which version of it, as `written_choice` returns; the module sets it too.
         reads_weights: Whether `attach` reads base weights, which under sharding may not be in memory yet.
         joins_shards: Whether `attach` takes a model that is sharded already; else it comes before.
     """
@@ -48,6 +61,7 @@ class Adapter(ABC):
     choices: int = 0
     moves_entries: bool = False
     compute_dtype: torch.dtype | None = None
+    choice: Mapping[str, str] = MappingProxyType({})
     reads_weights: bool = False
     joins_shards: bool = False
 
@@ -149,33 +163,66 @@ class Adapter(ABC):
 class PeftAdapter(Adapter):
     """Any adapter of the PEFT library that lives in the layers: LoRA, IA3, LoHa, OFT, ...
 
+    The base weights stay as they are, so that `disabled` is the base model: PiSSA and OLoRA, which PEFT takes out of
+    them, are made by `lora_start`.
+
     Args:
         config: Its configuration. A missing `task_type` becomes `CAUSAL_LM`.
 
     Raises:
-        ValueError: If it learns virtual tokens (prompt, prefix and P-tuning). PEFT puts them before the
-            padding and drops position ids, so that a row's log-probabilities would depend on the other rows.
+        ValueError: If it learns virtual tokens (prompt, prefix and P-tuning): PEFT puts them before the
+            padding and drops position ids, so that a row's log-probabilities would depend on the other rows. Or if
+            it needs calls in training that our loop does not make, or its files do not hold what was trained.
     """
 
     def __init__(self, config: PeftConfig) -> None:
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"adapter={type(config).__name__} learns virtual tokens, which padded batches would move. "
-                "Use an adapter that lives in the layers, such as peft.LoraConfig or peft.IA3Config."
-            )
+        check_trainable(config)
         check_peft(config)
         self.config = copy.deepcopy(config)
         self.config.task_type = self.config.task_type or TaskType.CAUSAL_LM
+        self._has_start = has_start(config)
         # PiSSA, DoRA and others start from the base weights.
         plain_lora = type(config) is LoraConfig and not config.use_dora
         self.reads_weights = not (plain_lora and config.init_lora_weights in (True, False, "gaussian"))
+        self._plain: PeftConfig = without_start(self.config) if self._has_start else self.config
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Wrap `model` into a `PeftModel`; adapter weights are float32 whatever the base is.
 
         Where the base is of half precision, plain LoRA computes in that precision (`lora_linear`).
+
+        Raises:
+            ValueError: If PEFT cannot put it into this model, it would change base weights, or nothing is left to
+                train.
         """
-        self._model: PeftModel = get_peft_model(model, self.config)
+        name = type(self.config).__name__
+        planned = any(parameter.is_meta for parameter in model.parameters())
+        before = {} if planned or not self.reads_weights else _fingerprints(model)
+        try:
+            self._model: PeftModel = get_peft_model(model, self._plain)
+            if self._has_start:
+                add_start(self._model, self.config)
+        except Exception as error:  # of many kinds, for settings that this model does not take
+            if planned:
+                raise
+            said = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(f"adapter={name} does not go into this model. {said[0]}") from error
+        for weight, (own, expected) in before.items():
+            if fingerprint(own) != expected:
+                raise ValueError(
+                    f"adapter={name} changes the base weights where it is made ({weight}), so that the model without "
+                    "it is no longer the base model. Use another start of it, or peft.LoraConfig."
+                )
+        if getattr(self._model.peft_config["default"], "target_modules_to_tie", None):
+            raise ValueError(
+                f"adapter={name} with ensure_weight_tying: PEFT trains the factors of tied layers apart. Leave "
+                "ensure_weight_tying out, or name the embedding in modules_to_save in place of target_modules."
+            )
+        if not any(parameter.requires_grad for parameter in self._model.parameters()):
+            raise ValueError(
+                f"adapter={name} has nothing to train with these settings. Name other layers, or drop inference_mode."
+            )
+        _warn_of_rounding(name, self._model)
         make_lean(self._model)
         adapted: nn.Module = self._model
         return adapted
@@ -189,29 +236,47 @@ class PeftAdapter(Adapter):
         """Return the adapter's tensors under the names of PEFT's file format."""
         # "auto" would ask the hub whether the vocabulary was resized; we never resize it.
         state: dict[str, Tensor] = get_peft_model_state_dict(self._model, save_embedding_layers=False)
-        return state
+        return {**state, **start_tensors(self._model)} if self._has_start else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the adapter's tensors."""
         own = self.tensors()
         check_state(own, state)
-        set_peft_model_state_dict(
-            self._model, {name: sharded_like(read(state[name]), tensor) for name, tensor in own.items()}
-        )
+        loaded = {name: sharded_like(read(state[name]), tensor) for name, tensor in own.items()}
+        if self._has_start:
+            load_start(self._model, loaded)
+            loaded = {name: loaded[name] for name in loaded.keys() - start_tensors(self._model).keys()}
+        set_peft_model_state_dict(self._model, loaded)
 
     def write(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`."""
         # Not by PEFT's save_pretrained, which cannot be given tensors that were gathered before.
         config = copy.deepcopy(self._model.peft_config["default"])
+        tensors = self.state_dict() if state is None else state
+        if self._has_start:
+            config, tensors = as_plain_lora(config, tensors)
         config.inference_mode = True
         config.base_model_name_or_path = config.base_model_name_or_path or self._model.config._name_or_path
         config.save_pretrained(str(folder))
-        tensors = self.state_dict() if state is None else state
         save_file(
             {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
+
+
+def _warn_of_rounding(name: str, model: nn.Module) -> None:
+    """Warn of whole modules that PEFT copies in the type of the base, where it makes factors in float32."""
+    rounded = [key for key, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if rounded:
+        rank_zero_warn(
+            f"adapter={name} trains {len(rounded)} tensors in {model.get_parameter(rounded[0]).dtype}, such as "
+            f"{rounded[0]}: small updates vanish there. Set dtype: float32."
+        )
+
+
+def _fingerprints(model: nn.Module) -> dict[str, tuple[nn.Parameter, str]]:
+    return {name: (weight, fingerprint(weight)) for name, weight in model.named_parameters()}
 
 
 class FullFineTuning(Adapter):

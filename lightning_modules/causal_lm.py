@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,19 +17,37 @@ from torch import Tensor, nn
 from datamodules.batches import Prompt, TextBatch
 from lightning_modules.adapters import Adapter, as_adapter
 from lightning_modules.attention import prefer_blocks
+from lightning_modules.chat import ChatTemplate
 from lightning_modules.checkpoints import AdapterCheckpoints
 from lightning_modules.distributed import gradient_exchange, rewrap
 from lightning_modules.foreign_ranges import check_optimizer, check_trainer_of, rehearse
 from lightning_modules.half_precision import watch_half_precision
 from lightning_modules.hparams import plain_hparams
 from lightning_modules.mapped_weights import cast, map_model
+from lightning_modules.model_checks import (
+    check_rows,
+    check_vocabulary,
+    context_length,
+    pad_token,
+    plain_outputs,
+)
 from lightning_modules.norms import make_norms_lean
 from lightning_modules.precision import check_precision
 from lightning_modules.ranges import check_number, check_whole
+from lightning_modules.rope import see_rows_alone
+from lightning_modules.row_lengths import check_lengths
 from lightning_modules.sampling.base import Sampler
 from lightning_modules.sharded_passes import ShardedPasses
 from lightning_modules.sharding import norm_of
-from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.sources import (
+    CHOOSING,
+    check_choice,
+    choose_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    written_choice,
+)
 from lightning_modules.text import encode_prompts
 
 # Its one message here, that GGUF or adapter loading took place, repeats for every layer.
@@ -54,10 +74,15 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         chat_template: Put string prompts into the tokenizer's chat template as one user turn. False feeds
             them as they are.
+        chat_template_kwargs: Further variables of the chat template, such as `{"enable_thinking": False}`, wherever
+            text is rendered: in training, validation and prediction.
         gradient_clip_val: Largest gradient norm of an update; None does not clip.
-        model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`.
+        model_kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`. Those that choose the model
+            (`revision`, `subfolder`, `trust_remote_code`, `token`, ...) hold for configuration and tokenizer too.
         max_skipped_updates: How many updates in a row may be left out because a loss or gradient is NaN or infinite;
             they are counted as `train/nonfinite_updates`. One more stops the run; 0 stops at the first.
+        overlong_rows: What becomes of rows that do not fit the model's context with their completion: `refuse` the
+            first before training starts, or `drop` them and say how many.
     """
 
     def __init__(
@@ -70,9 +95,11 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         chat_template: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
         gradient_clip_val: float | None = 1.0,
         model_kwargs: dict[str, Any] | None = None,
         max_skipped_updates: int = 0,
+        overlong_rows: Literal["refuse", "drop"] = "refuse",
     ) -> None:
         super().__init__()
         check_number("gradient_clip_val", gradient_clip_val, above=0, none=True, hint="null does not clip.")
@@ -89,9 +116,17 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self._attn_implementation = attn_implementation
         self._gradient_checkpointing = gradient_checkpointing
         self._chat_template = chat_template
+        self._chat_template_kwargs = chat_template_kwargs or {}
+        if self._chat_template_kwargs and not chat_template:
+            raise ValueError(
+                f"chat_template_kwargs={chat_template_kwargs} need the chat template. Set chat_template: true, or "
+                "leave them out."
+            )
+        self.chat: ChatTemplate | None = None
         self.gradient_clip_val = gradient_clip_val
         self._model_kwargs = model_kwargs or {}
         self.max_skipped_updates = max_skipped_updates
+        self.overlong_rows = overlong_rows
         self.nonfinite_updates = 0
         self._nonfinite_in_a_row = 0
         self.model: nn.Module | None = None
@@ -123,30 +158,32 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
 
         Raises:
             ValueError: If the model source lacks weights or a tokenizer, a chat template is asked for that the
-                tokenizer does not have, or the precision of the Trainer is not supported.
+                tokenizer does not have, it does not read one of `chat_template_kwargs`, or the precision of the Trainer
+                is not supported.
         """
         if self.model is not None:
             return
         compute_dtype = self.compute_dtype  # before anything is loaded: it checks the Trainer's
-        from transformers import AutoTokenizer
-
-        place = resolve_model(self.source)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(place)
-            base = self._load_base(place)
-        except OSError as error:
-            raise ValueError(f"model={self.source!r} cannot be loaded. {error}") from error
-        if self._chat_template and self.tokenizer.chat_template is None:
+        self.tokenizer = load_tokenizer(self.source, self._model_kwargs)
+        config = load_config(self.source, self._model_kwargs)
+        if config.is_encoder_decoder:
             raise ValueError(
-                f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
-                "feed prompts as they are, or use an instruction-tuned model."
+                f"model={self.source!r} has an encoder and a decoder ({config.model_type}), and what is trained here "
+                "are causal language models. Take a decoder-only model."
             )
+        check_vocabulary(self.tokenizer, config, self.source)
+        self.chat = self._make_chat()
+        base = self._load_base()
+        plain_outputs(base.config)
+        if self.sharding is None:  # else weights may not be in memory yet
+            check_rows(base, self.source)
         # Without this a head that reads a slice of positions multiplies in batches, which on CPU copies the
         # weights of the head once per row: half the time of a short rollout.
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         prefer_blocks(base)
         make_norms_lean(base)
-        self.adapter.source = self.source
+        see_rows_alone(base)
+        self.adapter.source, self.adapter.choice = written_choice(self.source, self._model_kwargs)
         if self.adapter.draws_by_purpose and self._trainer is not None and self.trainer.training:
             self.adapter.purpose = purpose_of(getattr(self.trainer, "datamodule", None))
         self.adapter.compute_dtype = compute_dtype
@@ -157,20 +194,29 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
 
-    def _load_base(self, place: str) -> Any:
-        """Load the base model; for sharding, and where its files allow it, only where they are."""
-        from transformers import AutoModelForCausalLM
+    def _make_chat(self) -> ChatTemplate | None:
+        if not self._chat_template:
+            return None
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"model={self.source!r}: the tokenizer has no chat template. Set chat_template: false to "
+                "feed prompts as they are, or use an instruction-tuned model."
+            )
+        return ChatTemplate(self.tokenizer, self._chat_template_kwargs, self.source)
 
+    def _load_base(self) -> Any:
+        """Load the base model; for sharding, and where its files allow it, only where they are."""
         options: dict[str, Any] = {
             "dtype": self.weights_dtype,
             "attn_implementation": self._attn_implementation,
         }
-        base = None
         if self.sharding is not None:
-            base = map_model(place, **options, model_kwargs=self._model_kwargs)
-        if base is None:
-            base = AutoModelForCausalLM.from_pretrained(place, **options, **self._model_kwargs)
-        return base
+            place, choice = choose_model(self.source, self._model_kwargs)
+            others = {name: value for name, value in self._model_kwargs.items() if name not in CHOOSING}
+            base = map_model(place, **options, model_kwargs={**others, **choice})
+            if base is not None:
+                return base
+        return load_model(self.source, self._model_kwargs, **options)
 
     def _attach(self, base: nn.Module) -> nn.Module:
         """Attach the adapter, and shard where the strategy does."""
@@ -192,12 +238,12 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         Raises:
             ValueError: If a folder, file or package is missing or lacks weights or a tokenizer.
         """
-        check_model(self.source)
+        check_choice(self.source, self._model_kwargs)
 
     @property
-    def context_length(self) -> int:
-        """The most tokens that prompt and completion may have together."""
-        return int(self.text_config.max_position_embeddings)
+    def context_length(self) -> int | None:
+        """The most tokens that prompt and completion may have together; None where the model sets no limit."""
+        return context_length(self.text_config)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -221,37 +267,80 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
     def text_config(self) -> Any:
         """The transformers configuration of the language model."""
         assert self.model is not None, "configure_model has not run"
-        return self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        return self.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
     @property
     def pad_token_id(self) -> int:
         """The id that fills unused positions. Masks, not ids, say what counts."""
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(end if pad is None else pad)
+        return pad_token(self.tokenizer)
 
     # ------------------------------------------------------------------ text
 
     def encode_prompts(
-        self, prompts: Sequence[Prompt], *, room: int, uids: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], *, room: int | Sequence[int], uids: Sequence[int] | None = None
     ) -> list[list[int]]:
         """Tokenise prompts, through the chat template where it is on.
 
         Args:
             prompts: Strings or conversations.
-            room: Tokens that must stay free after the prompt for its completion.
+            room: Tokens that must stay free after a prompt for its completion; the same for all, or one for each.
             uids: Numbers of the rows in their data set, for messages.
 
         Returns:
             Token ids of each prompt, unpadded.
 
         Raises:
-            ValueError: If a prompt is empty, does not fit the context, or is a conversation while
-                `chat_template` is off.
+            ValueError: If a prompt is empty, does not fit the context, is refused by the template, or is a
+                conversation while `chat_template` is off.
         """
-        limit = self.context_length - room
-        return encode_prompts(
-            self.tokenizer, prompts, chat_template=self._chat_template, limit=limit, uids=uids
+        encoded = encode_prompts(self.tokenizer, prompts, chat=self.chat, limit=sys.maxsize, uids=uids)
+        context = self.context_length
+        rooms = [room] * len(prompts) if isinstance(room, int) else room
+        for i, (ids, own) in enumerate(zip(encoded, rooms, strict=True)):
+            if context is not None and len(ids) + own > context:
+                row = "A row's" if uids is None else f"Row {uids[i]} of the data: its"
+                raise ValueError(
+                    f"{row} prompt has {len(ids)} tokens; beside its completion only {context - own} fit the model's "
+                    f"context: {str(prompts[i])[:60]!r}... Shorten or drop it, or lower max_new_tokens."
+                )
+        return encoded
+
+    def tokens_needed(self, batch: TextBatch, split: str) -> list[tuple[int, int]]:
+        """Return the tokens of each row's prompt, and those that may come after it; a subclass knows its own.
+
+        Args:
+            batch: Rows (B).
+            split: `train` or `val`.
+
+        Returns:
+            (B); by default nothing comes after a prompt.
+        """
+        prompts = self._lengths(batch)
+        return [(length, 0) for length in prompts]
+
+    def _lengths(self, batch: TextBatch) -> list[int]:
+        """Tokens of each prompt, whatever the context."""
+        encoded = encode_prompts(
+            self.tokenizer,
+            batch.prompts,
+            chat=self.chat,
+            limit=sys.maxsize,
+            uids=batch.uids,
         )
+        return [len(ids) for ids in encoded]
+
+    def _check_lengths(self) -> None:
+        """Find rows beyond the context before the first step, where the DataModule can tell all of them."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        limit = self.context_length
+        if limit is None or not hasattr(data, "leave_out"):
+            return
+        settings = (getattr(self, name, None) for name in ("sampling", "val_sampling"))
+        room = max((one.max_new_tokens for one in settings if one is not None), default=0)
+        splits = ("train",) if self.trainer.limit_val_batches == 0 else ("train", "val")
+        for split in splits:
+            needed = partial(self.tokens_needed, split=split)
+            check_lengths(data, split, needed, limit, room=room, drops=self.overlong_rows == "drop")
 
     # ------------------------------------------------------------------ training
 
@@ -379,7 +468,12 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         self.adapter.route([batch.tasks[row] for row in rows], [batch.prompts[row] for row in rows])
 
     def on_fit_start(self) -> None:
-        """Write the hyper-parameters to the loggers."""
+        """Look at the lengths of rows, and write the hyper-parameters to the loggers.
+
+        Raises:
+            ValueError: If a row does not fit the context.
+        """
+        self._check_lengths()
         hparams = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         for logger in self.loggers:
             logger.log_hyperparams({"model": hparams})

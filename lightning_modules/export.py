@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
-from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_modules.adapter_tokenizer import check_vocabulary, own_tokenizer, set_ends
+from lightning_modules.base_names import base_choice, base_named, name_base
 from lightning_modules.checksums import check_checksums, write_checksums
 from lightning_modules.files import complete_folder
-from lightning_modules.library.inspect_adapter import check_files
-from lightning_modules.merging.reading import open_tensors
+from lightning_modules.finite import check_finite
+from lightning_modules.merged_adapter import merge_peft, probe_of
 from lightning_modules.secrets import redact
-from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.sources import check_model, code_choice, load_model, load_tokenizer
 from lightning_modules.sparse.expert import SparseExpert
 from lightning_modules.sparse.shira import export_shira, import_shira
 from lightning_modules.sparse.storage import PEFT_TYPE, read_json
@@ -49,14 +48,12 @@ Versions: {versions}.
 """
 
 _LOAD_ADAPTER = """from peft import PeftModel
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({base})
+base = AutoModelForCausalLM.from_pretrained({base}{choice})
 model = PeftModel.from_pretrained(base, "path/of/this/folder")"""
 
 _LOAD_CONVERTED_ADAPTER = """from peft import PeftModel
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_modules.sources import resolve_model  # pip install 'lightning-quiver[gguf]'
@@ -70,7 +67,7 @@ from transformers import AutoModelForCausalLM
 from lightning_modules.sources import resolve_model  # pip install lightning-quiver
 from lightning_modules.sparse.expert import SparseExpert
 
-model = AutoModelForCausalLM.from_pretrained(resolve_model({base}), dtype=torch.{dtype})
+model = AutoModelForCausalLM.from_pretrained(resolve_model({base}){choice}, dtype=torch.{dtype})
 expert = SparseExpert("path/of/this/folder").apply(model)  # expert.remove() restores the base model"""
 
 _LOAD_LIBRARY = """import torch
@@ -79,7 +76,7 @@ from transformers import AutoModelForCausalLM
 from lightning_modules import RoutedAdapter, UniformRouter  # pip install lightning-quiver
 from lightning_modules.sources import resolve_model
 
-model = AutoModelForCausalLM.from_pretrained(resolve_model({base}), dtype=torch.{dtype})
+model = AutoModelForCausalLM.from_pretrained(resolve_model({base}){choice}, dtype=torch.{dtype})
 RoutedAdapter(UniformRouter(), library="path/of/this/folder").attach(model)  # or another router"""
 
 _LOAD_MODEL = """from transformers import AutoModelForCausalLM
@@ -104,23 +101,21 @@ def save_adapter(
         metrics: Metrics for the card.
         state: What `module.adapter.state_dict()` returns; None asks for it. Under sharding all ranks ask, and one
             saves.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
     """
+    state = module.adapter.state_dict() if state is None else state
+    check_finite(state.items(), f"{folder} is not written: the trained adapter has no usable values")
     with complete_folder(folder) as aside:
         module.adapter.write(aside, state)
-        name_base(aside / "adapter_config.json", module.source)
+        source, choice = module.adapter.source or module.source, module.adapter.choice
+        name_base(aside / "adapter_config.json", source, module.tokenizer.name_or_path, choice)
         module.tokenizer.save_pretrained(aside)
         card = _card(module, folder.name, steps, metrics, aside)
         (aside / "README.md").write_text(redact(card), encoding="utf-8")
         if not (aside / "index.json").exists():  # a library has its own
             write_checksums(aside)
-
-
-def name_base(config: Path, source: str) -> None:
-    """Name the base model as the user did; PEFT writes where it was loaded from, a cache folder perhaps."""
-    if config.exists():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values["base_model_name_or_path"] = source
-        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, float], folder: Path) -> str:
@@ -129,7 +124,8 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
     is_library = (folder / "index.json").is_file()
     is_adapter = peft_type is not None
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    place = check_model(module.source)
+    source = module.adapter.source or module.source
+    place = check_model(source)
     is_hub_id = not Path(place).exists()
     template = _LOAD_MODEL
     if is_library:
@@ -139,17 +135,18 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
     elif is_adapter:
         template = _LOAD_CONVERTED_ADAPTER if place.endswith(".gguf") else _LOAD_ADAPTER
     dtype = str(module.weights_dtype).removeprefix("torch.")
-    loading = template.format(base=json.dumps(module.source), dtype=dtype)
+    choice = "".join(f", {name}={json.dumps(value)}" for name, value in module.adapter.choice.items())
+    loading = template.format(base=json.dumps(source), choice=choice, dtype=dtype)
     return _CARD.format(
         # The hub takes no path here, and a path of this machine would tell nobody anything.
-        base_model=f"base_model: {module.source}\n" if is_hub_id else "",
+        base_model=f"base_model: {source}\n" if is_hub_id else "",
         library="lightning-quiver"
         if is_library or peft_type == PEFT_TYPE
         else ("peft" if is_adapter else "transformers"),
         method=type(module).__name__.removesuffix("Module").lower(),
         title=title,
         what="A library of adapters" if is_library else "An adapter" if is_adapter else "A fine-tuned copy",
-        source=module.source,
+        source=source + choice,
         module=type(module).__name__,
         steps=steps,
         loading=loading,
@@ -162,7 +159,11 @@ def _card(module: CausalLMModule, title: str, steps: int, metrics: Mapping[str, 
 
 
 def export_adapter(
-    adapter: str, output: str, base: str | None = None, to: Literal["model", "shira", "sparse"] = "model"
+    adapter: str,
+    output: str,
+    base: str | None = None,
+    to: Literal["model", "shira", "sparse"] = "model",
+    model_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Write an adapter folder, sparse or of PEFT, in another form.
 
@@ -172,6 +173,8 @@ def export_adapter(
         base: The base model, as in `model:` of a configuration; by default what the adapter names.
         to: `model` merges the adapter into its base model, a plain Hugging Face folder in float32; `shira`
             turns a sparse adapter into one of PEFT's SHiRA, and `sparse` the other way round.
+        model_kwargs: Which version of the base model, and how it is read, as in a configuration, such as
+            `--model_kwargs.trust_remote_code true`; `revision` by default what the adapter names.
 
     Raises:
         ValueError: If `adapter` is no adapter folder or of the wrong kind, `output` exists, or the base model
@@ -187,23 +190,17 @@ def export_adapter(
     facts = read_json(config)
     if not isinstance(facts, dict):
         raise ValueError(f"{config} describes no adapter.")
-    base = base or facts.get("base_model_name_or_path")
+    named = base is None
+    base = base or base_named(source, facts)
     if to != "shira" and not (base and isinstance(base, str)):
         raise ValueError(f"adapter={adapter!r} does not name its base model. Give it with --base.")
+    model_kwargs = {**(base_choice(source) if named else {}), **(model_kwargs or {})}
     if to == "shira":
         export_shira(source, target)
     elif to == "sparse":
-        import_shira(source, target, _load_base(base), base)
+        import_shira(source, target, load_model(str(base), model_kwargs, dtype=torch.float32), base)
     else:
-        model = _load_base(base)
-        if facts.get("peft_type") == PEFT_TYPE:
-            SparseExpert(source).apply(model)
-        else:
-            model = _with_peft(model, source).merge_and_unload()
-        with complete_folder(target) as folder:
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(resolve_model(str(base))).save_pretrained(folder)
-            write_checksums(folder)
+        _export_model(source, target, str(base), facts, model_kwargs)
     what = {
         "model": "the merged model, in float32,",
         "shira": "a SHiRA adapter",
@@ -212,26 +209,24 @@ def export_adapter(
     print(f"Wrote {what} to {target}")  # noqa: T201
 
 
-def _load_base(base: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(resolve_model(base), dtype=torch.float32)
-
-
-def _with_peft(model: Any, source: Path) -> Any:
-    """Put an adapter of PEFT into a model, whole; PEFT only warns where weights are missing."""
-    check_files(source)
-    try:
-        adapted = PeftModel.from_pretrained(model, source)
-    except Exception as error:  # of many kinds, for a configuration that makes no sense
-        said = str(error).splitlines()
-        raise ValueError(
-            f"{source} is no adapter that PEFT can load into this model: {type(error).__name__}: "
-            f"{said[0] if said else ''}. Copy it again, or give its own base model with --base."
-        ) from None
-    held = set(open_tensors(source / "adapter_model.safetensors").keys())
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if missing := sorted(expected.keys() - held):
-        raise ValueError(
-            f"{source / 'adapter_model.safetensors'} lacks {missing[0]}, which its adapter_config.json promises. Copy "
-            "the folder again."
-        )
-    return adapted
+def _export_model(
+    source: Path, target: Path, base: str, facts: Mapping[str, Any], model_kwargs: Mapping[str, Any]
+) -> None:
+    """Write the merged model with the tokenizer it was trained with, and read it back."""
+    model = load_model(base, model_kwargs, dtype=torch.float32)
+    of_base = load_tokenizer(base, model_kwargs)
+    tokenizer = own_tokenizer(source, of_base) or of_base
+    if facts.get("peft_type") == PEFT_TYPE:
+        SparseExpert(source).apply(model)
+        check_finite(model.named_parameters(), f"{source}, merged")
+        probe = probe_of(model)
+    else:
+        model, probe = merge_peft(model, source, facts)
+    check_vocabulary(model, tokenizer, of_base, source)
+    set_ends(model, tokenizer, of_base, source)
+    with complete_folder(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        del model  # two of them may not fit
+        probe.check(load_model(str(folder), code_choice(model_kwargs), dtype=torch.float32), str(source))
+        write_checksums(folder)

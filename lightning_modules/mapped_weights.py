@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lightning_modules.files import UNREADABLE
-
-# Arguments of `from_pretrained` that say where files are; others may change what is loaded.
-_PLACES = {"revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code"}
+from lightning_modules.sources import CHOOSING
 
 
 def map_model(
@@ -41,13 +39,13 @@ def map_model(
         OSError: If files are missing.
         ValueError: If a file is broken.
     """
-    if model_kwargs.keys() - _PLACES:
+    if model_kwargs.keys() - CHOOSING:  # others may change what is loaded
         return None
     folder = _local_folder(place, model_kwargs)
     config = AutoConfig.from_pretrained(place, **model_kwargs)
     if getattr(config, "quantization_config", None):
         return None
-    trusted = {"trust_remote_code": True} if model_kwargs.get("trust_remote_code") else {}
+    trusted = {"trust_remote_code": bool(model_kwargs.get("trust_remote_code"))}
     with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are computed
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, **trusted

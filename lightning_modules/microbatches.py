@@ -31,6 +31,35 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
     return groups
 
 
+def within_width(rows: Sequence[int], lengths: Sequence[tuple[int, int]], limit: int) -> list[list[int]]:
+    """Divide rows so that the longest prompt and the longest completion of a group fit a width together.
+
+    Some models (MPT, GPT-Neo) compute nothing wider than their context, padding included.
+
+    Args:
+        rows: A group.
+        lengths: Tokens of each row's prompt and completion, by its number.
+        limit: The width; each row alone fits it.
+
+    Returns:
+        Groups, of the rows in their order.
+
+    >>> within_width([0, 1, 2], [(8, 1), (1, 8), (7, 2)], limit=10)
+    [[0, 2], [1]]
+    """
+    groups: list[list[int]] = []
+    for row in rows:
+        for group in groups:
+            together = [*group, row]
+            prompt, completion = (max(lengths[one][part] for one in together) for part in (0, 1))
+            if prompt + completion <= limit:
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
 def completion_passes(lengths: Sequence[int], spared: int) -> list[list[int]]:
     """Divide completions where each part, padded to its own longest, spares enough of a pass.
 

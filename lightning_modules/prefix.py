@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.headless import base_of, can_chunk, evaluating, few_tokens, scored, without_head
 from lightning_modules.microbatches import completion_passes, positions, sent
+from lightning_modules.rope import switching_length
 from lightning_modules.sharding import sharded_modules
 
 # Tokens of padding for which completions get a further pass; a GPU is through with them before a pass has started.
@@ -252,6 +253,8 @@ def can_share(model: nn.Module, *, tries: bool = True) -> str | None:
         return reason
     base = base_of(model)
     assert base is not None
+    if switching_length(base.config) is not None:
+        return "its rotary embedding depends on the length of the whole row"
     layers = DynamicCache(config=base.config).layers
     if (reason := _forgets(layers)) or not tries:
         return reason

@@ -5,13 +5,151 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning_modules.files import complete_folder
 
 _PACKAGE = "package:"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+# Arguments of `from_pretrained` that say which model; they hold for its configuration, tokenizer and weights alike.
+CHOOSING = frozenset(
+    {
+        *("revision", "code_revision", "subfolder", "trust_remote_code"),
+        *("token", "cache_dir", "local_files_only", "force_download", "proxies"),
+    }
+)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_config(source: str, model_kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Load the configuration of a model, and nothing else of it.
+
+    Args:
+        source: As in `resolve_model`.
+        model_kwargs: Arguments of `from_pretrained`, of which those count that choose the model.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, source, model_kwargs, {})
+
+
+def load_tokenizer(source: str, model_kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        source: As in `resolve_model`.
+        model_kwargs: As in `load_config`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, source, model_kwargs, {})
+
+
+def load_model(source: str, model_kwargs: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """Load a causal language model.
+
+    Args:
+        source: As in `resolve_model`.
+        model_kwargs: Arguments of `from_pretrained`, those that choose the model and others.
+        **options: Further ones.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    others = {name: value for name, value in (model_kwargs or {}).items() if name not in CHOOSING}
+    return _load(AutoModelForCausalLM, source, model_kwargs, {**options, **others})
+
+
+def _load(kind: Any, source: str, model_kwargs: Mapping[str, Any] | None, options: Mapping[str, Any]) -> Any:
+    place, choice = choose_model(source, model_kwargs)
+    try:
+        return kind.from_pretrained(place, **choice, **options)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # its ValueErrors say which kinds of models or whose code it refuses
+        raise ValueError(f"model={source!r} cannot be loaded. {error}") from None
+
+
+def choose_model(source: str, model_kwargs: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """Turn a model and the options that choose among its versions into what `from_pretrained` takes.
+
+    Code of a repository runs only where `trust_remote_code: true` says so; transformers would ask on the terminal.
+
+    Args:
+        source: As in `resolve_model`.
+        model_kwargs: As in `load_config`.
+
+    Returns:
+        A hub id or a folder, and the options.
+
+    Raises:
+        ValueError: If the model is not there, or an option has no meaning for it.
+    """
+    given = {name: value for name, value in (model_kwargs or {}).items() if name in CHOOSING}
+    choice = {
+        "trust_remote_code": False,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    place = resolve_model(_inside(source, choice))
+    if Path(place).exists():
+        choice.pop("subfolder", None)
+        if "revision" in choice:
+            raise ValueError(
+                f"revision={choice['revision']!r} chooses a version of a repository on the hub, but model={source!r} "
+                "is on this machine. Leave revision out, or give the hub id."
+            )
+    return place, choice
+
+
+def check_choice(source: str, model_kwargs: Mapping[str, Any] | None = None) -> None:
+    """Check that a model is there, without reading it.
+
+    Args:
+        source: As in `resolve_model`.
+        model_kwargs: As in `load_config`.
+
+    Raises:
+        ValueError: As `choose_model` does.
+    """
+    check_model(_inside(source, model_kwargs or {}))
+
+
+def code_choice(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return of the options that choose a model those that hold for a copy of it too: whether its code may run."""
+    return {name: value for name, value in (model_kwargs or {}).items() if name == "trust_remote_code"}
+
+
+def written_choice(source: str, model_kwargs: Mapping[str, Any] | None = None) -> tuple[str, dict[str, str]]:
+    """Return how a model is named in what is written: its name, and what else says which version it is.
+
+    Args:
+        source: As in `resolve_model`.
+        model_kwargs: As in `load_config`.
+
+    Returns:
+        The name, and of `revision` and `subfolder` those that are given and not part of the name. Never whether its
+        code may run, which each command must be told anew.
+    """
+    name = _inside(source, model_kwargs or {})
+    kept = ("revision", "subfolder") if name == source else ("revision",)
+    return name, {key: str(value) for key in kept if (value := (model_kwargs or {}).get(key))}
+
+
+def _inside(source: str, choice: Mapping[str, Any]) -> str:
+    """Go into a subfolder of a folder; one on the hub is left to transformers."""
+    folder, inside = Path(source).expanduser(), choice.get("subfolder")
+    return str(folder / str(inside)) if inside and folder.is_dir() else source
 
 
 def resolve_model(source: str) -> str:
@@ -72,7 +210,7 @@ def _check_folder(source: str, folder: Path) -> None:
     for what, patterns in (
         ("model configuration", ("config.json",)),
         ("weights", _WEIGHTS),
-        ("tokenizer", _TOKENIZERS),
+        ("tokenizer", TOKENIZERS),
     ):
         if not any(next(folder.glob(pattern), None) for pattern in patterns):
             raise ValueError(
@@ -105,10 +243,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QUIVER_CACHE", "~/.cache/quiver")).expanduser()
 
 
-def _convert(file: Path) -> Path:
+def converted_folder(file: Path) -> Path:
+    """Return the folder that a GGUF file is converted into; it may not be there yet."""
     facts = file.stat()
     key = hashlib.sha256(f"{file.absolute()}:{facts.st_size}:{facts.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_folder() / f"{file.stem}-{key}"
+    return cache_folder() / f"{file.stem}-{key}"
+
+
+def _convert(file: Path) -> Path:
+    target = converted_folder(file)
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:

@@ -52,6 +52,13 @@ def write_run(model, *, name="run.yaml", module="GRPOModule", init_args=None, da
     return name
 
 
+def quiet_line(capfd) -> str:
+    """Return the last line of stderr, which is an error's only one."""
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    return said.rstrip("\n").split("\n")[-1].removeprefix("quiver: error: ")
+
+
 def own_environment() -> dict[str, str]:
     """The environment without the W&B service of this process, which would work in this process's folder."""
     return {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}

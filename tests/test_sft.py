@@ -252,7 +252,7 @@ def test_metrics_equal_computation_by_hand(taught, stage):
 
 
 def test_an_empty_answer_is_refused(tiny_model):
-    with pytest.raises(ValueError, match=r"Row 1 of the batch has an empty answer.*answer_column"):
+    with pytest.raises(ValueError, match=r"Row 1 of the data has an empty answer.*answer_column"):
         train_once(tiny_model, [("a", "b"), ("c", "")])
 
 

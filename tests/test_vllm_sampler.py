@@ -79,7 +79,7 @@ def test_sends_all_settings_and_returns_rows_in_order(standin, tiny_model):
             },
             **{"top_p": 0.8, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.2, "stop": ["x"]},
             **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": [0], "logprobs": 0},
-            **{"return_token_ids": True, "include_stop_str_in_output": True},
+            **{"return_token_ids": True, "include_stop_str_in_output": True, "skip_special_tokens": True},
         }
 
 

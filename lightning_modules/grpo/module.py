@@ -200,6 +200,11 @@ class GRPOModule(RolloutSteps):
             group_size=num_generations,
         )
 
+    def tokens_needed(self, batch: TextBatch, split: str) -> list[tuple[int, int]]:
+        """Return the tokens of each row's prompt, and the most of its completions."""
+        sampling = self.sampling if split == "train" else self.val_sampling
+        return [(length, sampling.max_new_tokens) for length in self._lengths(batch)]
+
     def draw_seeds(self, uids: Sequence[int], num_generations: int) -> list[int]:
         """Seed each completion by run, draw, row and its number, so that ranks and batches do not matter.
 

@@ -27,6 +27,7 @@ from lightning_modules.prefix import (
     share_prompts,
     shared_logprobs,
 )
+from lightning_modules.rope import see_rows_alone
 
 Inputs = TypeVar("Inputs", PaddedRows, SharedRows)
 
@@ -195,12 +196,14 @@ def best_passes(
 ) -> tuple[Passes[PaddedRows] | Passes[SharedRows], str | None]:
     """Return the cheapest way that serves a model, and why it is not a cheaper one.
 
-    Tries a few tokens: a collective under sharding. An adapter that routes rows must have heard of one row.
+    Tries a few tokens: a collective under sharding. An adapter that routes rows must have heard of one row. From here
+    on the model sees each row alone, as all ways take for granted; see `see_rows_alone`.
 
     Args:
         model: The policy.
         tries: Whether tokens are run; without, only what is known of the model's parts is looked at.
     """
+    see_rows_alone(model)
     unshared = can_share(model, tries=tries)
     if unshared is None:
         return SharedPasses(), None

@@ -108,8 +108,13 @@ def kv_bytes_per_token(config: object, dtype: torch.dtype) -> int:
     Args:
         config: The text configuration of a transformers model.
         dtype: Precision of the cache.
+
+    Returns:
+        0 for models without attention heads, whose state does not grow.
     """
-    heads = config.num_attention_heads  # type: ignore[attr-defined]
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
     return int(2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)  # type: ignore[attr-defined]

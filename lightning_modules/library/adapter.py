@@ -272,7 +272,12 @@ class RoutedAdapter(Adapter):
                     source = self.stacked.library[name].folder if frozen and self.stacked.library else None
                     if source is None:
                         source = Path(aside)
-                        write_expert(source, self._expert_factors(number, state), self.source)
+                        write_expert(
+                            source,
+                            self._expert_factors(number, state),
+                            self.source,
+                            self.choice.get("revision"),
+                        )
                     library.add(
                         source,
                         target,

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lightning_modules.base_names import FACTS
 from lightning_modules.library.entry import AdapterEntry
 from lightning_modules.library.hub import pull, push, resolve_adapter
 from lightning_modules.library.store import AdapterLibrary
+from lightning_modules.merging.reading import read_object
 
 
 def add_adapters(
-    library: str, adapters: list[str], name: str | None = None, tasks: list[str] | None = None
+    library: str,
+    adapters: list[str],
+    name: str | None = None,
+    tasks: list[str] | None = None,
+    base: str | None = None,
+    share_tasks: bool = False,
 ) -> None:
     """Copy adapters into a library, which is made if it is not there.
 
@@ -20,18 +27,43 @@ def add_adapters(
         adapters: Folders or hub ids of LoRA adapters of PEFT, or folders of sparse adapters.
         name: The name of a single adapter in the library; by default that of its folder.
         tasks: What it was trained on, if its quiver.json does not say.
+        base: The base model, as in `model:` of a configuration; by default what the adapters name.
+        share_tasks: Take an adapter for a task that an expert of the library has already.
 
     Raises:
-        ValueError: If a name is taken, or an adapter is broken or of another base model.
+        ValueError: If a name or a task is taken, or an adapter is broken or of another base model.
     """
     if name is not None and len(adapters) > 1:
         raise ValueError(
             f"name={name!r} is for one adapter, and there are {len(adapters)}. Add them one by one."
         )
     store = AdapterLibrary(library, create=True)
-    for adapter in adapters:
-        entry = store.add(resolve_adapter(adapter), name or Path(adapter).name, tasks=tasks)
+    folders = [resolve_adapter(adapter) for adapter in adapters]
+    if not share_tasks:
+        for folder in folders:
+            _check_tasks(store, folder, tasks)
+    for adapter, folder in zip(adapters, folders, strict=True):
+        entry = store.add(folder, name or Path(adapter).name, tasks=tasks, base=base)
         print(f"Added {entry.name}: {_kind(entry)}, tasks {', '.join(entry.tasks) or '-'}")  # noqa: T201
+        others = sorted(
+            {one.name for one in store.values() if set(one.tasks) & set(entry.tasks)} - {entry.name}
+        )
+        if others:
+            print(f"Its tasks are shared with {_some(tuple(others))}: to route by task, choose with experts:")  # noqa: T201
+
+
+def _check_tasks(store: AdapterLibrary, folder: Path, tasks: list[str] | None) -> None:
+    """Check that no expert has a task of an adapter that is to be added."""
+    if tasks is None:
+        said = read_object(folder / FACTS).get("tasks") if (folder / FACTS).is_file() else None
+        tasks = said if isinstance(said, list) else []
+    for entry in store.values():
+        if taken := [task for task in tasks if task in entry.tasks]:
+            raise ValueError(
+                f"{folder} is for the task {taken[0]!r}, for which the library {store.root} has the expert "
+                f"{entry.name!r} already, and routing by task takes one. Keep both with --share_tasks, name other "
+                f"tasks with --tasks, or remove the old one: quiver library remove {store.root} {entry.name}"
+            )
 
 
 def remove_adapters(library: str, names: list[str]) -> None:

@@ -88,10 +88,9 @@ class SentenceEncoder:
             place = _place(self.model)
             try:
                 with torch.device("cpu"):  # Lightning may be about to make everything on a GPU
-                    encoder = (
-                        AutoModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
-                    )
-                self._loaded = AutoTokenizer.from_pretrained(place), encoder
+                    encoder = AutoModel.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
+                    encoder = encoder.eval().requires_grad_(False)
+                self._loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False), encoder
             except OSError as error:
                 raise ValueError(f"encoder: model={self.model!r} cannot be loaded. {error}") from error
         return self._loaded

@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_modules.base_names import FACTS
 from lightning_modules.checksums import checksum
 from lightning_modules.merging.experts import Expert, open_expert
 from lightning_modules.merging.reading import read_object
-
-FACTS = "quiver.json"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 

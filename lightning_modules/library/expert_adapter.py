@@ -42,6 +42,7 @@ class LibraryExpert(PeftAdapter):
         config = PeftConfig.from_pretrained(str(self.entry.folder))
         assert isinstance(config, LoraConfig)
         config.inference_mode = False
+        config.init_lora_weights = True  # what it started from is behind it
         super().__init__(config)
         self.reads_weights = True
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.merge_mixture import export_mixture
@@ -14,7 +14,7 @@ from lightning_modules.library.route_command import base_of
 from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.fixed import UniformRouter
 from lightning_modules.library.store import AdapterLibrary
-from lightning_modules.sources import resolve_model
+from lightning_modules.sources import load_model, written_choice
 
 
 def export_library(
@@ -25,6 +25,7 @@ def export_library(
     experts: list[str] | None = None,
     task: str | None = None,
     base: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Write a mixture of experts as one LoRA adapter of PEFT.
 
@@ -37,6 +38,8 @@ def export_library(
         experts: Names of experts to mix; by default all.
         task: The task that the mixture is for, where the router asks for one.
         base: The base model, as in `model:` of a configuration; by default what the experts name.
+        model_kwargs: Which version of it, and how it is read, as in a configuration; `revision` by default what the
+            experts name.
 
     Raises:
         ValueError: If the library is empty, `output` exists, or the router chooses by input.
@@ -44,8 +47,10 @@ def export_library(
     if Path(output).exists():
         raise ValueError(f"output={output!r} exists already. Give a new folder, or remove that one.")
     adapter = RoutedAdapter(router, library, experts, mixing=mixing)
-    adapter.source = base_of(AdapterLibrary(library), base)
+    source, choice = base_of(AdapterLibrary(library), base)
+    kwargs = {**choice, **(model_kwargs or {})}
+    adapter.source, adapter.choice = written_choice(source, kwargs)
     # Experts take the type of the base, so that a base in half precision would round what is written.
-    adapter.attach(AutoModelForCausalLM.from_pretrained(resolve_model(adapter.source), dtype=torch.float32))
+    adapter.attach(load_model(source, {**kwargs, "dtype": torch.float32}))
     export_mixture(adapter, Path(output), task)
     print(f"Wrote one LoRA adapter of {len(adapter.stacked.names)} experts to {output}")  # noqa: T201

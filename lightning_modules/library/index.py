@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_modules.base_names import base_fingerprints, whereabouts
 from lightning_modules.library.entry import AdapterEntry, check_name
 from lightning_modules.library.inspect_adapter import FoundAdapter
 from lightning_modules.merging.reading import read_object
@@ -54,12 +55,29 @@ class Base:
                     f"{where} was trained on another base model: {weight} differs from that of the library's "
                     "experts. A library holds adapters of one base model."
                 )
-        if not known and found.base != self.name:
+        if not known:
+            self._check_name(found, where)
+        return Base(self.name, {**self.shapes, **found.shapes}, {**self.fingerprint, **found.fingerprint})
+
+    def _check_name(self, found: FoundAdapter, where: str) -> None:
+        """Check that two names are of one model, by what they stand for here or else by its weights."""
+        if found.base == self.name:
+            return
+        if found.base and self.name and whereabouts(found.base) == whereabouts(self.name):
+            return
+        theirs = {**base_fingerprints(found.base, found.shapes), **found.fingerprint}
+        ours = {**base_fingerprints(self.name, found.shapes), **self.fingerprint}
+        shared = theirs.keys() & ours.keys()
+        if differing := sorted(weight for weight in shared if theirs[weight] != ours[weight]):
+            raise ValueError(
+                f"{where} was trained on another base model: {differing[0]} of {found.base} differs from that of "
+                f"{self.name}, the base model of the library's experts."
+            )
+        if not shared:
             raise ValueError(
                 f"{where} names the base model {found.base!r}, the library's experts {self.name!r}, and no "
-                "fingerprints can be compared. If they are the same, write that name into its adapter_config.json."
+                f"fingerprints can be compared. If they are the same, say so: --base {self.name}"
             )
-        return Base(self.name, {**self.shapes, **found.shapes}, {**self.fingerprint, **found.fingerprint})
 
 
 def index_text(version: int, base: Base, entries: Mapping[str, AdapterEntry]) -> str:

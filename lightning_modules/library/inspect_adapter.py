@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_modules.library.entry import FACTS
+from lightning_modules.base_names import FACTS, base_fingerprints
 from lightning_modules.merging.experts import LoraExpert, SparseExpert, open_expert
 from lightning_modules.merging.reading import read_object
 
@@ -37,6 +37,17 @@ class FoundAdapter:
     parameters: int
     said: Mapping[str, Any]
 
+    def on(self, base: str) -> FoundAdapter:
+        """Return the same with the base model that the user names.
+
+        Raises:
+            ValueError: If that model has other weights than it was trained on, as far as both are known.
+        """
+        for weight, expected in base_fingerprints(base, self.shapes).items():
+            if self.fingerprint.get(weight, expected) != expected:
+                raise ValueError(f"base={base!r} is not what the adapter was trained on: {weight} differs.")
+        return replace(self, base=base)
+
     def facts(
         self, tasks: Sequence[str], metrics: Mapping[str, float], lineage: Sequence[str]
     ) -> dict[str, Any]:
@@ -47,6 +58,7 @@ class FoundAdapter:
             "lineage": list(lineage),
             "fingerprint": {key: value for key, value in self.fingerprint.items() if key in self.shapes},
             "ranks": dict(self.ranks),
+            **({} if self.base is None else {"base": self.base}),
         }
 
 

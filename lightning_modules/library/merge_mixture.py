@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_modules.base_names import name_base
 from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.library.adapter import RoutedAdapter
@@ -21,6 +22,7 @@ from lightning_modules.library.routers.base import Router
 from lightning_modules.library.routers.fixed import TaskRouter, UniformRouter, WeightsRouter
 from lightning_modules.library.routers.poly import PolyRouter
 from lightning_modules.naming import natural
+from lightning_modules.sources import resolve_model
 
 Factors = tuple[Tensor, Tensor, float]
 """A (r, in), B (out, r) and alpha / r of one layer."""
@@ -42,6 +44,10 @@ def export_mixture(adapter: RoutedAdapter, folder: Path, task: str | None = None
     factors = mixture_as_lora(adapter, task)
     with complete_folder(folder) as aside:
         write_expert(aside, factors, adapter.source)
+        if adapter.source is not None:
+            name_base(
+                aside / "adapter_config.json", adapter.source, resolve_model(adapter.source), adapter.choice
+            )
         write_checksums(aside)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing import Any
 
+import torch
+
+from lightning_modules.base_names import base_choice
 from lightning_modules.library.adapter import RoutedAdapter
 from lightning_modules.library.mixing import Routing
 from lightning_modules.library.routers.base import Router
@@ -12,7 +14,7 @@ from lightning_modules.library.routers.token import ArrowRouter
 from lightning_modules.library.store import AdapterLibrary
 from lightning_modules.library.watch import dense_weights
 from lightning_modules.ranges import check_whole
-from lightning_modules.sources import resolve_model
+from lightning_modules.sources import load_model, load_tokenizer
 
 
 def route_prompts(
@@ -22,6 +24,7 @@ def route_prompts(
     experts: list[str] | None = None,
     base: str | None = None,
     max_experts: int = 8,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Print the mean weight of each expert over layers and tokens, for each prompt.
 
@@ -32,15 +35,18 @@ def route_prompts(
         experts: Names of experts to choose among; by default all.
         base: The base model, as in `model:` of a configuration; by default what the experts name.
         max_experts: How many to print for a prompt, the heaviest first.
+        model_kwargs: Which version of the base model, and how it is read, as in a configuration; `revision` by default
+            what the experts name.
 
     Raises:
         ValueError: If the library is empty, the base model unknown, or the router does not suit the experts.
     """
     check_whole("max_experts", max_experts)
-    place = resolve_model(base_of(AdapterLibrary(library), base))
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    source, choice = base_of(AdapterLibrary(library), base)
+    kwargs = {**choice, **(model_kwargs or {})}
+    tokenizer = load_tokenizer(source, kwargs)
     adapter = RoutedAdapter(router, library, experts)
-    model = adapter.attach(AutoModelForCausalLM.from_pretrained(place)).eval()
+    model = adapter.attach(load_model(source, kwargs)).eval()
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         weights = _mean_weights(adapter, model, ids, prompt)
@@ -50,8 +56,8 @@ def route_prompts(
             print(f"  {weight:6.3f}  {name}")  # noqa: T201
 
 
-def base_of(library: AdapterLibrary, base: str | None) -> str:
-    """Return the base model of a library's experts.
+def base_of(library: AdapterLibrary, base: str | None) -> tuple[str, dict[str, str]]:
+    """Return the base model of a library's experts, and which version of it they name.
 
     Args:
         library: The library.
@@ -60,12 +66,14 @@ def base_of(library: AdapterLibrary, base: str | None) -> str:
     Raises:
         ValueError: If nobody names it.
     """
-    source = base or next((entry.base for entry in library.values() if entry.base), None)
-    if source is None:
+    if base:
+        return base, {}
+    entry = next((entry for entry in library.values() if entry.base), None)
+    if entry is None or entry.base is None:
         raise ValueError(
             f"library: the experts of {library.root} do not name a base model. Give it with --base."
         )
-    return source
+    return entry.base, base_choice(entry.folder)
 
 
 @torch.no_grad()

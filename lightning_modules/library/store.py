@@ -19,10 +19,11 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
+from lightning_modules.base_names import FACTS
 from lightning_modules.checksums import checksum
 from lightning_modules.files import complete_file, complete_folder
 from lightning_modules.library.arrays import read_arrays, write_arrays
-from lightning_modules.library.entry import FACTS, AdapterEntry, check_name
+from lightning_modules.library.entry import AdapterEntry, check_name
 from lightning_modules.library.index import Base, index_text, read_index
 from lightning_modules.library.inspect_adapter import CONFIG, WEIGHTS, inspect_adapter
 
@@ -77,6 +78,7 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
         metrics: Mapping[str, float] | None = None,
         lineage: Sequence[str] | None = None,
         fingerprint: Mapping[str, str] | None = None,
+        base: str | None = None,
     ) -> AdapterEntry:
         """Copy an adapter into the library.
 
@@ -87,6 +89,7 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
             metrics: What it reached.
             lineage: What it came from.
             fingerprint: Hash of each base weight that it changes.
+            base: Its base model, as in `model:` of a configuration; by default what it names.
 
         Returns:
             Its entry.
@@ -100,6 +103,8 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
         found = inspect_adapter(source)
         if fingerprint is not None:
             found = replace(found, fingerprint=fingerprint)
+        if base is not None:
+            found = found.on(base)
         said = found.said
         facts = found.facts(
             said.get("tasks", ()) if tasks is None else tasks,
@@ -113,7 +118,7 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
                 raise ValueError(
                     f"The library {self.root} has an expert {name!r} already. Remove it first, or give another name."
                 )
-            base = self._base.with_adapter(found, repr(name))
+            model = self._base.with_adapter(found, repr(name))
             if target.exists():  # left by a writer that was killed before it came to the index
                 shutil.rmtree(target)
             with complete_folder(target) as aside:
@@ -134,7 +139,7 @@ class AdapterLibrary(Mapping[str, AdapterEntry]):
                 lineage=tuple(facts["lineage"]),
                 added=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            self._write(base, {**entries, name: entry})
+            self._write(model, {**entries, name: entry})
         return entry
 
     def remove(self, name: str) -> None:

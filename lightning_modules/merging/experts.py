@@ -10,10 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.base_names import base_named
 from lightning_modules.checksums import check_checksums
+from lightning_modules.finite import finite
 from lightning_modules.merging.lora import LoraFactors
 from lightning_modules.merging.lora_config import check_lora_config
-from lightning_modules.merging.reading import INDEX, MODEL, model_files, open_tensors, read_object
+from lightning_modules.merging.reading import (
+    INDEX,
+    MODEL,
+    model_files,
+    open_tensors,
+    read_object,
+)
 from lightning_modules.merging.vectors import Delta
 from lightning_modules.sparse.storage import PEFT_TYPE, SparseFolder
 
@@ -112,20 +120,21 @@ class LoraExpert(Expert):
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         check_lora_config(folder, config)
-        super().__init__(folder, config.get("base_model_name_or_path") or None)
+        super().__init__(folder, base_named(folder, config))
         self._config = config
         self._tensors = open_tensors(folder / _ADAPTER)
         keys = set(self._tensors.keys())
         if not keys:
             raise ValueError(f"experts: {folder / _ADAPTER} changes nothing: it holds no tensors.")
         self._keys: dict[str, str] = {}
+        self._copies: dict[str, str] = {}
         self._transposed: set[str] = set()
         for key in sorted(keys):
             stem = key.removesuffix(_LORA_A)
             if stem != key and stem + _LORA_B in keys:
                 self._keys[stem.removeprefix("base_model.model.") + ".weight"] = stem
             elif key.endswith(_COPY):
-                continue
+                self._copies[key.removeprefix("base_model.model.").removesuffix(_COPY) + ".weight"] = key
             elif not (key.endswith(_LORA_B) and key.removesuffix(_LORA_B) + _LORA_A in keys):
                 raise ValueError(
                     f"{folder / _ADAPTER} holds {key}, which is no pair of LoRA factors of a linear layer. "
@@ -150,7 +159,8 @@ class LoraExpert(Expert):
             if not math.isfinite(scaling):
                 raise ValueError(f"{where}: alpha / r is {scaling}. Save the adapter again.")
             for factor in (A, B):
-                _finite(factor, where)
+                finite(factor, where)
+            finite(B * scaling, f"{where}: B x alpha / r, with alpha {scaling * len(A):g}")
             shapes[name], ranks[name] = (len(B), A.shape[1]), len(A)
         return shapes, ranks
 
@@ -172,6 +182,14 @@ class LoraExpert(Expert):
                     f"{self.folder} changes {name}, which is one weight under the names {', '.join(users)}; "
                     "merged, it would change for all of them. Train the adapter without that layer."
                 )
+        for name, key in self._copies.items():
+            _check_known(self.folder, name, weights)
+            copy = self._tensors.get_tensor(key)
+            if not copy.equal(weights[name].to(copy.dtype)):
+                raise ValueError(
+                    f"{self.folder} was trained on another {name} than the base model's, and holds it. Give its own "
+                    "base, or merge it into its base model with quiver export and give the model's folder."
+                )
         self.names = list(self._keys)
 
     def delta(self, name: str) -> Tensor:
@@ -180,7 +198,7 @@ class LoraExpert(Expert):
         change = factors.B @ factors.A * factors.scaling
         if name in self._transposed:
             change = change.T
-        return _finite(change, f"{self.folder / _ADAPTER}: {name}")
+        return finite(change, f"{self.folder / _ADAPTER}: {name}")
 
     def factors(self, name: str) -> LoraFactors:
         """Read the factors of one weight, which is no layer of the kind of GPT-2, whose weight is transposed."""
@@ -259,7 +277,7 @@ class ModelExpert(Expert):
     def delta(self, name: str) -> Tensor:
         """Subtract the base weight."""
         change = self._read(name).float() - self._base[name].detach().float()
-        return _finite(change, f"{self.folder / self._files[name]}: {name}")
+        return finite(change, f"{self.folder / self._files[name]}: {name}")
 
     def _read(self, name: str) -> Tensor:
         tensor: Tensor = self._tensors[name].get_tensor(name)
@@ -314,9 +332,3 @@ def _check_shape(folder: Path, name: str, shape: tuple[int, ...], weights: Mappi
             f"{folder} has {name} of shape {shape}; in the base model it is {expected}. Merge experts of one "
             "base model."
         )
-
-
-def _finite(change: Tensor, what: str) -> Tensor:
-    if not bool(change.isfinite().all()):
-        raise ValueError(f"{what}: {int((~change.isfinite()).sum())} values are NaN or infinite.")
-    return change

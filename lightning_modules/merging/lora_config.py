@@ -22,7 +22,14 @@ _BEYOND_LORA = (
     "kasa_config",
     "monteclora_config",
 )
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the base weights too
+_PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    "mica",
+)  # the others change the base weights too
 
 
 def check_lora_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.adapter_tokenizer import choose_tokenizer, set_ends
+from lightning_modules.base_names import base_choice, name_base, whereabouts
 from lightning_modules.checksums import write_checksums
 from lightning_modules.files import complete_folder
 from lightning_modules.merging.experts import Expert, open_expert
@@ -20,7 +22,13 @@ from lightning_modules.merging.methods import METHODS_OF_FACTORS, Method, check_
 from lightning_modules.merging.outputs import write_lora, write_model, write_sparse_adapter
 from lightning_modules.merging.vectors import Delta
 from lightning_modules.ranges import check_whole
-from lightning_modules.sources import check_model, resolve_model
+from lightning_modules.sources import (
+    check_model,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    written_choice,
+)
 from lightning_modules.sparse.delta import SparseDelta, check_indices
 
 _CARD = """---
@@ -59,6 +67,7 @@ def merge_experts(
     rank: int = 16,
     dtype: Literal["float32", "bfloat16"] = "float32",
     options: dict[str, Any] | None = None,
+    model_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Merge experts into one model or one adapter. They are read weight by weight; sums are in float32.
 
@@ -73,13 +82,13 @@ def merge_experts(
         dtype: Of the model's weights on disk. The share of the change's norm that it keeps is printed; below 90%
             there is a warning.
         options: Settings of the method, such as --options.density 0.2.
+        model_kwargs: Which version of the base model, and how it is read, as in a configuration, such as
+            `--model_kwargs.trust_remote_code true`; `revision` by default what the experts name.
 
     Raises:
         ValueError: If an expert cannot be read, experts do not fit the base model or each other, `output`
             exists, or a method or an option is unknown. Nothing is written then.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     settings = options or {}
     function = find_method(method)
     check_options(function, settings)
@@ -90,11 +99,15 @@ def merge_experts(
     opened = [open_expert(folder) for folder in experts]
     _check_distinct(opened)
     _check_sparse(to, opened)
-    source = base or _common_base(opened)
-    place = resolve_model(source)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    source, named = (base, {}) if base else _common_base(opened)
+    kwargs = {**named, **(model_kwargs or {})}
+    model = load_model(source, kwargs, dtype=torch.float32)
     for expert in opened:
         expert.fit(model)
+    of_base = load_tokenizer(source, kwargs)
+    source, choice = written_choice(source, kwargs)
+    tokenizer, warning = choose_tokenizer([expert.folder for expert in opened], of_base)
+    set_ends(model, tokenizer, of_base)
     tally = _Tally()
     of_factors = function in METHODS_OF_FACTORS
     changes = _changes(partial(function, **settings), opened, model, tally, of_factors=of_factors)
@@ -105,11 +118,15 @@ def merge_experts(
     }
     with complete_folder(target) as folder:
         note = writers[to](folder, changes, model)
-        AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if to == "lora":
+            name_base(folder / "adapter_config.json", source, resolve_model(source), choice)
+        elif to == "sparse":
+            name_base(folder / "adapter_config.json", source, choice=choice)
         card = _card(target.name, source, method, settings, experts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_checksums(folder)
-    print(_summary(method, len(opened), tally, note, target))  # noqa: T201
+    print(_summary(method, len(opened), tally, "\n".join(filter(None, [note, warning])), target))  # noqa: T201
 
 
 def _check_output(to: str, rank: int, dtype: str) -> None:
@@ -136,23 +153,25 @@ def _check_sparse(to: str, experts: Sequence[Expert]) -> None:
         )
 
 
-def _common_base(experts: Sequence[Expert]) -> str:
-    """The base model that the experts name."""
+def _common_base(experts: Sequence[Expert]) -> tuple[str, dict[str, str]]:
+    """The base model that the experts name, and which version of it."""
     named = [(expert.folder, expert.base) for expert in experts if expert.base]
     if not named:
         raise ValueError("No expert names its base model. Give it with --base.")
-    if len({_whereabouts(base) for _, base in named}) > 1:
+    if len({whereabouts(base) for _, base in named}) > 1:
         listed = ", ".join(f"{folder} names {base}" for folder, base in named)
         raise ValueError(
             f"experts: they have different base models: {listed}. Merge experts of one base model; if these "
             "are one model under several names, say which with --base."
         )
-    return named[0][1]
-
-
-def _whereabouts(base: str) -> str:
-    path = Path(base).expanduser()
-    return str(path.resolve()) if path.exists() else base
+    choices = {expert.folder: base_choice(expert.folder) for expert in experts if expert.base}
+    if len({tuple(sorted(choice.items())) for choice in choices.values()}) > 1:
+        listed = ", ".join(f"{folder} names {choice or 'none'}" for folder, choice in choices.items())
+        raise ValueError(
+            f"experts: they have different versions of a base model: {listed}. Merge experts of one version, or say "
+            "which with --base and --model_kwargs.revision."
+        )
+    return named[0][1], choices[named[0][0]]
 
 
 def _changes(

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_modules.finite import finite
 from lightning_modules.merging.lora import as_lora
 from lightning_modules.rounding import Rounding, name_of, rounding
 from lightning_modules.sparse.delta import SparseDelta, write_entries
@@ -43,6 +44,7 @@ def write_model(folder: Path, changes: Changes, model: Any, *, dtype: torch.dtyp
         else:
             found += rounding(weight, change, dtype)
             weight.add_(change)
+        finite(weight, f"{name}, merged")
     model.to(dtype).save_pretrained(folder)
     return _kept(found, dtype)
 
@@ -128,7 +130,7 @@ def write_lora(folder: Path, changes: Changes, model: nn.Module, *, source: str,
             )
         if isinstance(module, Conv1D):
             delta, transposed = delta.T, True
-        A, B = as_lora(delta, rank)
+        A, B = (finite(factor, f"{name}, as LoRA") for factor in as_lora(delta, rank))
         whole += float(delta.square().sum())
         lost += float((delta - B @ A).square().sum())
         modules.append(module_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from lightning_modules.grpo.policy import switch_dropout_off
 from lightning_modules.planning.ranks import Ranks
 from lightning_modules.planning.sparse import PlannedSparseAdapter
 from lightning_modules.sharding import decoder_layers, shard_model
-from lightning_modules.sources import check_model
+from lightning_modules.sources import CHOOSING, check_model, written_choice
 
 
-def read_config(source: str) -> Any:
+def read_config(source: str, model_kwargs: Mapping[str, Any] | None = None) -> Any:
     """Read the configuration of a model, and nothing else of it.
 
     Args:
         source: As in `resolve_model`; a folder needs `config.json` alone.
+        model_kwargs: Those that choose the model count.
 
     Returns:
         A transformers configuration.
@@ -37,6 +39,10 @@ def read_config(source: str) -> Any:
     """
     from transformers import AutoConfig
 
+    choice = {"trust_remote_code": False} | {k: v for k, v in (model_kwargs or {}).items() if k in CHOOSING}
+    source, written = written_choice(source, choice)
+    if "subfolder" not in written:
+        choice.pop("subfolder", None)  # it is in the name
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
@@ -49,7 +55,7 @@ def read_config(source: str) -> Any:
             if hasattr(config, "quantization_config"):
                 del config.quantization_config  # what is trained is dequantised
             return config
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, **choice)
     except OSError as error:
         raise ValueError(
             f"model={source!r}: its configuration cannot be read. Give a folder with config.json. {error}"
@@ -88,7 +94,10 @@ def make_model(module: CausalLMModule, config: Any, ranks: Ranks) -> nn.Module:
     module.adapter.source = module.source
     with torch.device("meta"):
         base: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=module.weights_dtype, attn_implementation=attention
+            config,
+            dtype=module.weights_dtype,
+            attn_implementation=attention,
+            trust_remote_code=bool(module._model_kwargs.get("trust_remote_code")),
         )
         try:
             model = module.adapter.attach(base)

@@ -202,7 +202,11 @@ def _grpo_loss(module: GRPOModule, shape: StepShape) -> Tensor:
 
 
 def _cache_shapes(config: Any, rows: int, shape: StepShape) -> set[tuple[int, ...]]:
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise ValueError(
+            f"A model of the type {config.model_type} keeps no keys and values, so what it draws cannot be planned."
+        )
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     lengths = (shape.prompt_tokens, shape.width - 1, shape.width)

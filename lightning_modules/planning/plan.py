@@ -76,7 +76,7 @@ def plan_run(
             f"model={type(module).__name__} cannot be planned: its step is not known. Plan SFTModule, GRPOModule, "
             "or a class derived from them."
         )
-    config = read_config(module.source)
+    config = read_config(module.source, module._model_kwargs)
     adapters = _stages(module.adapter)
     if isinstance(module, GRPOModule):
         _make(module, adapters[""], config, ranks)
@@ -135,10 +135,11 @@ def _phases(
 ) -> list[Phase]:
     """Track a step; where all layers are alike, of two short models, and extend them."""
     base = _make(module, adapter, config, ranks)
-    if shape.width > module.context_length:
+    context = module.context_length
+    if context is not None and shape.width > context:
         raise ValueError(
             f"prompt_tokens={shape.prompt_tokens} and {shape.completion_tokens} more do not fit the "
-            f"{module.context_length} tokens of the model. Set --prompt_tokens lower."
+            f"{context} tokens of the model. Set --prompt_tokens lower."
         )
     few, more = _SHORT
     deep = int(config.get_text_config().num_hidden_layers)

@@ -30,8 +30,10 @@ class Sampling:
         min_p: Keep tokens at least this likely relative to the most likely one. 0 keeps all.
         repetition_penalty: Positive logits of tokens that the prompt or the completion holds already are divided
             by it, negative ones multiplied. 1 leaves them. It changes greedy decoding too.
-        stop: Strings that end a completion once its text, which special tokens are no part of, contains one. The
-            completion keeps the token that completed the string, and nothing is cut from it.
+        stop: Strings that end a completion once its text contains one. Special tokens are no part of the text, but a
+            string may be or hold one, such as `<|im_end|>`. The completion keeps the token that completed the
+            string, and nothing is cut from it.
+        stop_token_ids: Tokens that end a completion, besides the model's own end tokens. The completion keeps them.
     """
 
     max_new_tokens: int = 256
@@ -41,12 +43,14 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         # YAML gives a list; a tuple keeps the frozen settings hashable.
         if isinstance(self.stop, str):
             raise ValueError(f"stop={self.stop!r}: give a list of strings, such as [{self.stop!r}].")
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         check_whole("max_new_tokens", self.max_new_tokens)
         check_number("temperature", self.temperature, least=0, hint="0 decodes greedily.")
         check_number("top_p", self.top_p, above=0, most=1, hint="1 keeps every token.")
@@ -57,6 +61,11 @@ class Sampling:
             raise ValueError(
                 f"stop={list(self.stop)}: every entry must be a string that is not empty, for the empty one ends "
                 "every completion. Remove the others."
+            )
+        if not all(type(number) is int and number >= 0 for number in self.stop_token_ids):
+            raise ValueError(
+                f"stop_token_ids={list(self.stop_token_ids)}: every entry must be the id of a token, 0 or larger. "
+                "Write texts into stop."
             )
 
 
@@ -76,29 +85,6 @@ class Completions:
     texts: list[str]
     finish: list[FinishReason]
     logprobs: list[list[float]]
-
-
-class StopStrings:
-    """Finds out whether the newest token of a completion completed a string that ends it.
-
-    Args:
-        tokenizer: Turns ids into text.
-        stop: The strings.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        # A token with text has at least one byte. The extra ones may be what is left of a character at the border.
-        self.window = max((len(text.encode()) for text in stop), default=0) + 4
-
-    def completed(self, tails: list[list[int]]) -> list[bool]:
-        """Return for each row whether its text contains one of the strings.
-
-        Args:
-            tails: The newest `window` ids of each completion (B rows), or all of them.
-        """
-        texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
-        return [any(text in found for text in self._stop) for found in texts]
 
 
 class Sampler(ABC):

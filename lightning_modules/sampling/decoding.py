@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lightning_modules.microbatches import sent
-from lightning_modules.sampling.base import Completions, FinishReason, Sampling, StopStrings
+from lightning_modules.sampling.base import Completions, FinishReason, Sampling
 from lightning_modules.sampling.batch import RowBatch, RowCache
 from lightning_modules.sampling.filters import draw_by, own_uniforms, sampling_scores
 from lightning_modules.sampling.generate import core_model
+from lightning_modules.sampling.stops import StopStrings
 
 # Prompt tokens read in a pass. What a layer makes of them takes memory, and should stay in the cache of a CPU.
 _PREFILL = 2**14

@@ -22,16 +22,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightning_modules.model_checks import context_length, pad_token
 from lightning_modules.ranges import check_whole
+from lightning_modules.rope import grows_beyond, see_rows_alone
 from lightning_modules.sampling.base import (
     Announce,
     Completions,
     FinishReason,
     Sampler,
     Sampling,
-    StopStrings,
 )
 from lightning_modules.sampling.filters import draw_by, own_uniforms
+from lightning_modules.sampling.stops import StopStrings, stop_tokens
 from lightning_modules.sharding import is_whole
 
 
@@ -106,8 +108,9 @@ class GenerateSampler(Sampler):
         self.max_rows = max_rows
 
     def bind(self, model: nn.Module, tokenizer: Any) -> None:
-        """Take model and tokenizer."""
+        """Take model and tokenizer. From here on the model sees each row alone, see `see_rows_alone`."""
         self._model, self._tokenizer = model, tokenizer
+        see_rows_alone(model)
 
     @torch.no_grad()
     def generate(
@@ -124,7 +127,7 @@ class GenerateSampler(Sampler):
             ValueError: If a prompt is empty or does not fit the model's context together with its completion.
         """
         check_context(self._model, prompts, sampling.max_new_tokens)
-        ends = end_tokens(self._model, self._tokenizer)
+        ends = stop_tokens(self._model, self._tokenizer, sampling)
         with sampling_state(self._model):
             parts = []
             for start in range(0, len(prompts), self.max_rows):
@@ -148,9 +151,7 @@ class GenerateSampler(Sampler):
         seeds: Sequence[int] | None,
     ) -> Completions:
         device = next(self._model.parameters()).device
-        pad = self._tokenizer.pad_token_id
-        if pad is None:
-            pad = ends[0] if ends else 0
+        pad = pad_token(self._tokenizer)
         width = max(map(len, prompts))
         input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
         attention_mask = torch.tensor(
@@ -175,6 +176,8 @@ class GenerateSampler(Sampler):
                 top_p=1.0,
                 eos_token_id=ends or None,
                 pad_token_id=pad,
+                # What a cache holds may not be what the model would compute of a longer row.
+                use_cache=not grows_beyond(self._model.config, prompts, sampling.max_new_tokens),
             ),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([stopper] if sampling.stop else []),
@@ -209,10 +212,7 @@ def check_context(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens
         ValueError: If a prompt is empty, or longer than the context less `max_new_tokens`.
     """
     core = core_model(model)
-    # Models without a table of positions have no such setting.
-    context = (
-        None if core is None else getattr(core.config.get_text_config(), "max_position_embeddings", None)
-    )
+    context = None if core is None else context_length(core.config)
     for row, ids in enumerate(prompts):
         if not ids:
             raise ValueError(f"prompts[{row}] is empty. Give at least one token.")
@@ -222,13 +222,6 @@ def check_context(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens
                 f"prompts[{row}] has {len(ids)} tokens, and max_new_tokens={max_new_tokens}: {needed} do not fit the "
                 f"model's context of {context}. Lower max_new_tokens, or leave out long prompts."
             )
-
-
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Return the ids that end a completion: the tokenizer's, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    more = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in (tokenizer.eos_token_id, *more) if i is not None})
 
 
 @contextmanager

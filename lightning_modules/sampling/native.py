@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightning_modules.ranges import check_whole
+from lightning_modules.rope import grows_beyond, see_rows_alone
 from lightning_modules.sampling.base import Announce, Completions, Sampler, Sampling
 from lightning_modules.sampling.batch import RowBatch
 from lightning_modules.sampling.decoding import Decoding
@@ -25,10 +26,10 @@ from lightning_modules.sampling.generate import (
     GenerateSampler,
     check_context,
     core_model,
-    end_tokens,
     sampling_state,
 )
 from lightning_modules.sampling.packed import packed_weights
+from lightning_modules.sampling.stops import stop_tokens
 from lightning_modules.sharding import is_whole
 
 # Rows leave when at least one in so many has ended: leaving copies the cache of those that stay, about what one
@@ -63,6 +64,7 @@ class NativeSampler(Sampler):
         """Take model and tokenizer."""
         self._model, self._tokenizer = model, tokenizer
         self._unserved = _why_unserved(model)
+        see_rows_alone(model)
 
     @torch.no_grad()
     def generate(
@@ -83,9 +85,11 @@ class NativeSampler(Sampler):
         reason = self._unserved
         if reason is None and not is_whole(self._model):
             reason = "its weights are divided over ranks, which must take the same number of steps"
+        if reason is None and grows_beyond(self._model.config, prompts, sampling.max_new_tokens):
+            reason = "its rotary embedding changes with the length of a row, so that no cache can be kept"
         if reason is not None:
             return self._fall_back(reason, prompts, sampling, announce, seeds)
-        ends = end_tokens(self._model, self._tokenizer)
+        ends = stop_tokens(self._model, self._tokenizer, sampling)
         with sampling_state(self._model), self._weights():
             run = Decoding(self._model, self._tokenizer, prompts, sampling, seeds, ends)
             # Longest first: what needs most memory comes first, and what comes later fits its width.

@@ -21,7 +21,7 @@ from torch import nn
 from lightning_modules.distributed import gathered
 from lightning_modules.ranks import is_first_rank
 from lightning_modules.sampling.base import Announce, Completions, Sampler, Sampling
-from lightning_modules.sampling.generate import end_tokens
+from lightning_modules.sampling.stops import StopStrings, stop_tokens
 from lightning_modules.sampling.vllm_policy import SavedPolicy, saved_policy
 from lightning_modules.sampling.vllm_requests import (
     Drawn,
@@ -117,9 +117,10 @@ class PolicyFolderSampler(Sampler, Generic[Loaded]):
         check_room(prompts, sampling, self.context)
         if not prompts:
             return Completions([], [], [], [])
-        ends = end_tokens(self._model, self._tokenizer)
+        ends = stop_tokens(self._model, self._tokenizer, sampling)
         seeds = row_seeds_or_drawn(seeds, len(prompts))
-        parameters = [sampling_parameters(sampling, seed, ends) for seed in seeds]
+        special = StopStrings(self._tokenizer, sampling.stop).reads_special
+        parameters = [sampling_parameters(sampling, seed, ends, reads_special=special) for seed in seeds]
         drawn = self.draw(self._policy, prompts, parameters)
         return completions_of(drawn, self._policy, self._tokenizer)
 
@@ -137,6 +138,12 @@ class PolicyFolderSampler(Sampler, Generic[Loaded]):
     def place(self) -> str:
         """Hub id or folder of the base model."""
         return str(self._tokenizer.name_or_path)
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the base model that was loaded from the hub; None for a folder."""
+        found: str | None = getattr(self._model.config, "_commit_hash", None)
+        return None if Path(self.place).exists() else found
 
     @property
     def dtype(self) -> str:

@@ -204,7 +204,7 @@ class VLLMSampler(PolicyFolderSampler[Served]):
         """Reach the user's server, or start one."""
         if self.url is not None:
             return self._connection(self.url, os.environ.get("VLLM_API_KEY"))
-        command = serve_command(self.executable, self.place, self.dtype, policy.room)
+        command = serve_command(self.executable, self.place, self.dtype, policy.room, self.revision)
         log = policy.folder.with_name("server.log")
         self._server = VLLMServer([*command, *(self.server_args or [])], log)
         client = self._connection(self._server.url, self._server.key)

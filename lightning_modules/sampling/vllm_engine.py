@@ -144,6 +144,8 @@ class VLLMEngineSampler(PolicyFolderSampler[int]):
         with ranks_hidden():
             return LLM(
                 model=self.place,
+                revision=self.revision,
+                tokenizer_revision=self.revision,
                 dtype=self.dtype,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 max_model_len=self.max_model_len,

@@ -32,7 +32,9 @@ class Drawn:
     finish: str | None
 
 
-def sampling_parameters(sampling: Sampling, seed: int, ends: Sequence[int]) -> dict[str, Any]:
+def sampling_parameters(
+    sampling: Sampling, seed: int, ends: Sequence[int], *, reads_special: bool = False
+) -> dict[str, Any]:
     """Return the sampling parameters of a row, under the names that `SamplingParams` and the completions API share.
 
     All that shapes the distribution is named: what is left open, a server takes from the model's generation config.
@@ -41,6 +43,7 @@ def sampling_parameters(sampling: Sampling, seed: int, ends: Sequence[int]) -> d
         sampling: How to draw.
         seed: Of the row, below 2^63.
         ends: Ids that end a completion.
+        reads_special: Whether a stop string holds a special token.
     """
     return {
         "max_tokens": sampling.max_new_tokens,
@@ -53,6 +56,8 @@ def sampling_parameters(sampling: Sampling, seed: int, ends: Sequence[int]) -> d
         "frequency_penalty": 0.0,
         "stop": list(sampling.stop),
         "stop_token_ids": list(ends),
+        # vLLM looks for stop strings in the text that it returns, and ours is made here.
+        "skip_special_tokens": not reads_special,
         "seed": seed,
         "logprobs": 0,  # of the drawn token, and no others
     }

@@ -20,7 +20,9 @@ _LAST_LINES = 4
 _SECONDS_TO_END = 20.0
 
 
-def serve_command(executable: str, model: str, dtype: str, rank: int | None) -> list[str]:
+def serve_command(
+    executable: str, model: str, dtype: str, rank: int | None, revision: str | None = None
+) -> list[str]:
     """Return the command of a server for a policy, without address.
 
     Args:
@@ -28,11 +30,13 @@ def serve_command(executable: str, model: str, dtype: str, rank: int | None) -> 
         model: Of the base model: a hub id or a folder.
         dtype: Of its weights, such as `bfloat16`.
         rank: Room for LoRA adapters; None for a model whose weights are replaced.
+        revision: Of the base model on the hub.
     """
     lora = [] if rank is None else ["--enable-lora", "--max-lora-rank", str(rank)]
     # Log-probabilities of what is drawn from, and no settings from the model's generation config.
     neutral = ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-    return [find_executable(executable), "serve", model, "--dtype", dtype, *lora, *neutral]
+    version = [] if revision is None else ["--revision", revision, "--tokenizer-revision", revision]
+    return [find_executable(executable), "serve", model, "--dtype", dtype, *version, *lora, *neutral]
 
 
 def find_executable(name: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_modules.adapter_tokenizer import copy_tokenizer
 from lightning_modules.checksums import check_checksums, write_checksums
 from lightning_modules.files import UNREADABLE, complete_folder
 from lightning_modules.sparse.delta import SparseDelta
@@ -70,6 +71,7 @@ def export_shira(folder: str | Path, output: str | Path) -> None:
     with complete_folder(Path(output)) as aside:
         save_file(tensors, aside / TENSORS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        copy_tokenizer(source.folder, aside)
         write_checksums(aside)
 
 
@@ -105,6 +107,7 @@ def import_shira(folder: str | Path, output: str | Path, model: nn.Module, base:
     }
     with complete_folder(Path(output)) as aside:
         write_sparse(aside, deltas.items(), facts)
+        copy_tokenizer(source, aside)
         write_checksums(aside)
 
 

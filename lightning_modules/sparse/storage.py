@@ -36,14 +36,14 @@ def write_sparse(folder: Path, deltas: Iterable[tuple[str, SparseDelta]], config
             `fingerprint`.
 
     Raises:
-        ValueError: If indices are not sorted or out of range, or a shape is missing.
+        ValueError: If indices are not sorted or out of range, values are not finite, or a shape is missing.
     """
     tensors: dict[str, Tensor] = {}
     shapes = {}
     for name, delta in deltas:
         if delta.shape is None:
             raise ValueError(f"{name}: a sparse adapter on disk needs the shape of the weight.")
-        check_indices(name, delta.indices, math.prod(delta.shape))
+        check_delta(name, delta.indices, delta.values, math.prod(delta.shape))
         shapes[name] = list(delta.shape)
         tensors[name + _VALUES] = delta.values.detach().float().cpu().contiguous()
         tensors[name + _INDICES] = delta.indices.detach().int().cpu().contiguous()

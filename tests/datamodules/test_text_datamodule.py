@@ -86,7 +86,7 @@ def test_a_system_prompt_or_conversational_makes_messages():
 def test_message_prompts_keep_their_own_system_message():
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "hi", "name": "x"}]
     batch = first_batch([{"prompt": own, "answer": ""}], system_prompt="other")
-    assert batch.prompts == [[own[0], {"role": "user", "content": "hi"}]]
+    assert batch.prompts == [own]
 
 
 def test_a_conversation_is_split_into_prompt_and_answer():

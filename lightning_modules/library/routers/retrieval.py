@@ -113,4 +113,6 @@ class RetrievalRouter(Router):
 
 def as_text(prompt: Prompt) -> str:
     """Return a prompt as one text: a conversation's contents, a line each."""
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return (
+        prompt if isinstance(prompt, str) else "\n".join(message.get("content") or "" for message in prompt)
+    )

@@ -57,7 +57,7 @@ class ChatTemplate:
         try:
             read = frozenset[str]().union(*map(_variables, sources))
         except TemplateError as error:
-            raise ValueError(f"model={source!r}: its chat template is malformed: {error}") from error
+            raise ValueError(f"model={source!r}: its chat template is malformed: {_line(error)}") from error
         known = read - _GIVEN - set(tokenizer.special_tokens_map)
         for name in self._settings:
             if name in ("messages", "tools"):
@@ -145,8 +145,8 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = [turn["role"] for turn in messages]
             raise ValueError(
-                f"the model's chat template refuses a conversation with the roles {roles}: {str(error)[:300]} Change "
-                "the data, or leave out data.system_prompt."
+                f"the model's chat template refuses a conversation with the roles {roles}: {_line(error)}. Change the "
+                "data, or leave out data.system_prompt."
             ) from error
         return text
 
@@ -233,6 +233,10 @@ def as_messages(prompt: Prompt) -> list[Message]:
 def ends_open(prompt: Prompt) -> bool:
     """Return whether a prompt ends within an assistant's turn, with which the model goes on."""
     return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def _parse(source: str) -> jinja2.nodes.Template:

@@ -84,6 +84,11 @@ def test_what_has_no_one_spelling_is_refused_everywhere(place, value, message):
         ({"answer": [None]}, {}, "holds null, which is no text"),
         ({"answer": [USER, SAID]}, {}, "holds 2 messages, but an answer is one"),
         ({"answer": [USER]}, {}, "holds a message of role 'user', not the assistant's"),
+        (
+            {"answer": {**SAID, "tool_calls": "clock"}},
+            {},
+            "message 1: 'tool_calls' must be a list of objects",
+        ),
         ({"answer": {**SAID, "content": ""}}, {}, "the assistant's message, which is the answer, is empty"),
         ({"kind": None}, {"task_column": "kind"}, "column 'kind' (task_column) holds null, which is no text"),
         ({"o": ["a", None]}, {"choices_column": "o"}, "column 'o' (choices_column) holds null"),

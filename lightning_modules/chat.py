@@ -203,7 +203,8 @@ class ChatTemplate:
     def _loses_words(self, message: Message, text: str) -> bool:
         """Return whether words of an answer are not in the text, with a warning; refuse it if a tool call is not."""
         for call in message.get("tool_calls") or []:
-            name = call.get("function", call).get("name")
+            function = call.get("function", call)
+            name = function.get("name") if isinstance(function, Mapping) else None
             if not name or name not in text:
                 raise ValueError(
                     f"the model's chat template does not write the answer's call of {name!r}, so there is nothing to "

@@ -34,6 +34,11 @@ def read_messages(value: Any) -> list[Message]:
             content is None and kept["role"] == "assistant" and holds_more(kept)
         ):
             raise ValueError(f"message {number} needs a string 'content', got {content!r:.80}")
+        calls = kept.get("tool_calls", [])
+        if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+            raise ValueError(
+                f"message {number}: 'tool_calls' must be a list of objects, got {kind_of(calls)}"
+            )
         messages.append(kept)
     return messages
 

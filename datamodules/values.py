@@ -72,7 +72,7 @@ def as_text(value: Any, what: str) -> str:
         return str(value)
     item = value.item() if hasattr(value, "item") and not getattr(value, "ndim", False) else value
     if isinstance(item, int | float | Decimal) and not isinstance(item, bool):
-        if not math.isfinite(item):
+        if item != item or item in (math.inf, -math.inf):  # isfinite takes no integer beyond float
             raise ValueError(f"{what} holds {item}, which is no text: mend or drop the row")
         return str(value if value.__class__.__module__ == "numpy" else item)
     remedy = "write it as text"
@@ -93,7 +93,10 @@ def kind_of(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # thousands of brackets
+        return "..."
     return text if len(text) <= 60 else text[:57] + "..."
 
 

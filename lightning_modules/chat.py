@@ -57,7 +57,7 @@ class ChatTemplate:
         try:
             read = frozenset[str]().union(*map(_variables, sources))
         except TemplateError as error:
-            raise ValueError(f"model={source!r}: its chat template is malformed: {error}") from error
+            raise ValueError(f"model={source!r}: its chat template is malformed: {_line(error)}") from error
         known = read - _GIVEN - set(tokenizer.special_tokens_map)
         for name in self._settings:
             if name in ("messages", "tools"):
@@ -97,11 +97,10 @@ class ChatTemplate:
         """
         messages = as_messages(prompt)
         message: Message = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        before = self._render(messages, continues=ends_open(prompt))
         if ends_open(prompt):
             *messages, opened = messages
-            content = (opened["content"] or "") + (message.get("content") or "")
-            message = {**opened, **message, "content": content}
-        before = self._render(as_messages(prompt), continues=ends_open(prompt))
+            message = {**opened, **message, "content": opened["content"] + (message.get("content") or "")}
         whole = [*messages, message]
         text = self._render(whole)
         self._check(whole, text)
@@ -118,8 +117,7 @@ class ChatTemplate:
                 "as the prompt ends, or set chat_template_kwargs (such as enable_thinking) so that both agree."
             )
         rest = text[len(written) :]
-        self._check_answer(message, text)
-        if not rest.strip():
+        if not rest.strip() or (self._loses_words(message, text) and self._render_empty(whole) == text):
             raise ValueError("the model's chat template writes nothing of the answer. Drop the row.")
         return before, rest
 
@@ -145,8 +143,8 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = [turn["role"] for turn in messages]
             raise ValueError(
-                f"the model's chat template refuses a conversation with the roles {roles}: {str(error)[:300]} Change "
-                "the data, or leave out data.system_prompt."
+                f"the model's chat template refuses a conversation with the roles {roles}: {_line(error)}. Change the "
+                "data, or leave out data.system_prompt."
             ) from error
         return text
 
@@ -202,22 +200,33 @@ class ChatTemplate:
                 "The model's chat template leaves out what the assistant says beside its tool calls.",
             )
 
-    def _check_answer(self, message: Message, text: str) -> None:
-        """Refuse an answer whose tool calls are not in the text; warn where words of it are not."""
+    def _loses_words(self, message: Message, text: str) -> bool:
+        """Return whether words of an answer are not in the text, with a warning; refuse it if a tool call is not."""
         for call in message.get("tool_calls") or []:
-            name = call.get("function", call).get("name")
+            function = call.get("function", call)
+            name = function.get("name") if isinstance(function, Mapping) else None
             if not name or name not in text:
                 raise ValueError(
                     f"the model's chat template does not write the answer's call of {name!r}, so there is nothing to "
                     "learn from it. Drop the row, or use a model whose template writes tool calls."
                 )
-        for part in (message.get("content"), *(message.get(key) for key in _REASONING)):
-            if part and "".join(part.split()) not in "".join(text.split()):
-                self._warn(
-                    "answer",
-                    f"The model's chat template leaves out a part of answers, such as of {part[:60]!r}: what it leaves "
-                    "out is not trained.",
-                )
+        parts = [message.get(key) for key in ("content", *_REASONING)]
+        lost = [
+            part
+            for part in parts
+            if isinstance(part, str) and "".join(part.split()) not in "".join(text.split())
+        ]
+        if lost:
+            self._warn(
+                "answer",
+                f"The model's chat template leaves out a part of answers, such as of {lost[0][:60]!r}: what it leaves "
+                "out is not trained.",
+            )
+        return bool(lost)
+
+    def _render_empty(self, whole: Sequence[Message]) -> str:
+        """Render a conversation whose answer says nothing."""
+        return self._render([*whole[:-1], {"role": "assistant", "content": ""}])
 
     def _warn(self, about: str, message: str) -> None:
         if about not in self._warned:
@@ -233,6 +242,10 @@ def as_messages(prompt: Prompt) -> list[Message]:
 def ends_open(prompt: Prompt) -> bool:
     """Return whether a prompt ends within an assistant's turn, with which the model goes on."""
     return not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def _parse(source: str) -> jinja2.nodes.Template:

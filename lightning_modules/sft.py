@@ -271,7 +271,8 @@ class SFTModule(CausalLMModule):
         return prediction_rows(batch, self._generate(batch, range(len(batch))))
 
     def _generate(self, batch: TextBatch, rows: Sequence[int]) -> list[str]:
-        ids = self.encode_prompts([batch.prompts[row] for row in rows], room=self.sampling.max_new_tokens)
+        part = batch.take(rows)
+        ids = self.encode_prompts(part.prompts, room=self.sampling.max_new_tokens, uids=part.uids)
         with self.generating():
             completions = self.sampler.generate(
                 ids,

@@ -348,6 +348,14 @@ def test_an_answer_of_which_the_template_writes_nothing_is_refused(tokenizer, te
         encode_answers(tokenizer, [{"role": "assistant", **answer}], [[USER]], chat=chat(tokenizer, template))
 
 
+def test_an_answer_that_is_all_reasoning_is_refused_where_reasoning_is_dropped(tokenizer):
+    one = chat(tokenizer, TURN.replace("m.content", "m.content.split('</think>')[-1]") + OPEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="writes nothing of the answer"):
+            one.answer([USER], "<think>well</think>")
+
+
 def test_a_template_that_writes_all_of_a_message_reads_every_key(tokenizer):
     one = chat(tokenizer, "{% for m in messages %}{{ m | tojson }}{% endfor %}")
     asked = {"role": "assistant", "content": None, "tool_calls": [CALL]}
@@ -389,10 +397,12 @@ def test_a_prefilled_answer_is_continued(tokenizer, name, opened, read, trained)
     assert tokenizer.decode(ids) == before
 
 
-@pytest.mark.parametrize("last", [{"content": ""}, {"content": None, "tool_calls": [CALL]}])
+@pytest.mark.parametrize("last", [{"content": ""}, {"tool_calls": [CALL]}])
 def test_nothing_to_continue_is_refused(tokenizer, last):
     with pytest.raises(ValueError, match="has tool calls or no text, so there is nothing to go on with"):
         chat(tokenizer, READS_ALL).prompt([USER, {"role": "assistant", **last}])
+    with pytest.raises(ValueError, match="so there is nothing to go on with"):
+        chat(tokenizer, READS_ALL).answer([USER, {"role": "assistant", **last}], "4")
 
 
 def test_rollouts_go_on_with_the_prefilled_answer(tiny_model):

@@ -27,6 +27,7 @@ def parse(row, **columns):
         ("4", "4"),
         (4, "4"),
         (-2.5, "-2.5"),
+        (10**400, str(10**400)),
         (decimal.Decimal("1.50"), "1.50"),
         (np.int64(7), "7"),
         (np.float32(0.1), "0.1"),
@@ -79,9 +80,15 @@ def test_what_has_no_one_spelling_is_refused_everywhere(place, value, message):
     ("row", "columns", "message"),
     [
         ({"answer": [["a", "b"]]}, {}, "holds list (['a', 'b']), which is no text"),
+        ({"answer": json.loads("[" * 900 + "]" * 900)}, {}, "holds list"),
         ({"answer": [None]}, {}, "holds null, which is no text"),
         ({"answer": [USER, SAID]}, {}, "holds 2 messages, but an answer is one"),
         ({"answer": [USER]}, {}, "holds a message of role 'user', not the assistant's"),
+        (
+            {"answer": {**SAID, "tool_calls": "clock"}},
+            {},
+            "message 1: 'tool_calls' must be a list of objects",
+        ),
         ({"answer": {**SAID, "content": ""}}, {}, "the assistant's message, which is the answer, is empty"),
         ({"kind": None}, {"task_column": "kind"}, "column 'kind' (task_column) holds null, which is no text"),
         ({"o": ["a", None]}, {"choices_column": "o"}, "column 'o' (choices_column) holds null"),

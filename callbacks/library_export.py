@@ -109,6 +109,16 @@ class LibraryExport(lightning.Callback):
                 f"prefix, or remove it first: quiver library remove {self.library} {taken[0]}"
             )
 
+    def _warn_of_shared_tasks(self, tasks: Sequence[str]) -> None:
+        for entry in (_open(self.library) or {}).values():
+            if shared := sorted(set(tasks) & set(entry.tasks)):
+                rank_zero_warn(
+                    f"LibraryExport: the library {self.library} has the expert {entry.name!r} for the task "
+                    f"{shared[0]!r} already. To route by task later, choose one of them with experts:, or set tasks "
+                    "here."
+                )
+                return
+
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Check what is known only when the model is loaded: names of experts, and whether a library takes them.
 
@@ -119,7 +129,10 @@ class LibraryExport(lightning.Callback):
         adapter = pl_module.adapter
         if isinstance(adapter, RoutedAdapter):
             self._check_free(_open(self.library), _new_names(adapter, self.library, self.prefix))
-        elif isinstance(adapter, PeftAdapter):  # small before training as after it
+            return
+        if _parent(pl_module) is None:
+            self._warn_of_shared_tasks(self.tasks if self.tasks is not None else _tasks(trainer, pl_module))
+        if isinstance(adapter, PeftAdapter):  # small before training as after it
             state = adapter.state_dict()
             with tempfile.TemporaryDirectory() as aside:
                 adapter.write(Path(aside), state)

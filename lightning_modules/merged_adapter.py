@@ -21,6 +21,10 @@ from lightning_modules.peft_configs import check_reloadable
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BASE_COPIES = (
+    ".base_layer.weight",
+    ".token_adapter.base_layer.weight",
+)  # of frozen embeddings, where resized
 _PROBED = 64  # tokens
 
 
@@ -145,17 +149,19 @@ def _resize(model: Any, folder: Path, shapes: Mapping[str, list[int]]) -> None:
     """Give a model the vocabulary that an adapter's file has weights for."""
     roles = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     found: dict[str, int] = {}
+    shared = False  # whether one copy is that of both
     for role, layer in roles.items():
         for name, module in model.named_modules(remove_duplicate=False):
             if module is layer and layer is not None:
-                for ending in (".weight", ".base_layer.weight"):
+                for ending in (".weight", *_BASE_COPIES):
                     if shape := shapes.get(f"{_PREFIX}{name}{ending}"):
                         found[role] = shape[0]
+                        shared |= ending in _BASE_COPIES and _is_tied(model)
     rows = {role: layer.weight.shape[0] for role, layer in roles.items() if layer is not None}
     sizes = set(found.values())
     if not sizes or all(found[role] == rows[role] for role in found):
         return
-    if len(sizes) > 1 or found.keys() != rows.keys():
+    if len(sizes) > 1 or (found.keys() != rows.keys() and not shared):
         held = " and ".join(f"{size} rows for the {role} embeddings" for role, size in sorted(found.items()))
         raise ValueError(
             f"{folder / _WEIGHTS} holds {held}, and the base model has {max(rows.values())}: a resized vocabulary "

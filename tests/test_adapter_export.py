@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import AdapterExport
 from datamodules import ArithmeticDataModule
-from lightning_modules import SFTModule
+from lightning_modules import RoutedAdapter, SFTModule, SparseAdapter, UniformRouter
 from lightning_modules.cli import main
 from lightning_modules.export import save_adapter
+from lightning_modules.sparse.schedules import Static
+from lightning_modules.sparse.scores import random
 
 IDS = torch.arange(1, 41)[None] * 5 % 257
 
@@ -224,3 +226,35 @@ def test_quiver_export_says_what_is_wrong(lora, tmp_path, capsys):
     assert main(["export", str(nameless), str(tmp_path / "out")]) == 1
     assert "does not name its base model. Give it with --base" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig(r=2, target_modules=["q_proj"]), None], ids=["lora", "full"])
+def test_values_that_are_not_finite_are_not_exported(tiny_model, tmp_path, adapter):
+    class Spoil(lightning.Callback):
+        def on_train_end(self, trainer, pl_module):
+            *_, last = (p for p in pl_module.parameters() if p.requires_grad)
+            last.data.view(-1)[1] = float("nan")
+
+    with pytest.raises(
+        ValueError, match=r"AdapterExport writes no adapter: \S+: 1 values are NaN or infinite"
+    ):
+        fit(tiny_model, tmp_path, adapter, Spoil(), AdapterExport(), epochs=1)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_the_cards_of_a_sparse_adapter_and_a_library_run(tiny_model, tmp_path):
+    adapters = {
+        "sparse": SparseAdapter(["q_proj"], density=0.1, score=random, schedule=Static(batches=0)),
+        "library": RoutedAdapter(UniformRouter(), experts=["a", "b"], rank=2),
+    }
+    for name, adapter in adapters.items():
+        module = SFTModule(model=tiny_model, adapter=adapter)
+        module.configure_model()
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(len(key))
+                torch.nn.init.normal_(parameter)
+        expected = logits(module.model)
+        save_adapter(module, tmp_path / name, steps=1, metrics={})
+        assert (expected - logits(AutoModelForCausalLM.from_pretrained(tiny_model))).abs().max() > 0.01
+        torch.testing.assert_close(logits(run_code(tmp_path / name)), expected, atol=1e-4, rtol=1e-4)

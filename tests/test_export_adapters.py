@@ -148,6 +148,31 @@ def test_the_adapters_own_tokenizer_and_vocabulary(tiny_model, here):
     assert merged.config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(),
+        lora(trainable_token_indices=[257, 258]),
+        lora(target_modules=["lm_head"]),
+        lora(target_modules=["embed_tokens"]),
+        lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ],
+    ids=["frozen", "tokens", "head", "embedding", "tied"],
+)
+def test_a_resized_vocabulary_as_peft_saves_it(tiny_model, here, config):
+    base = load(tiny_model)
+    torch.manual_seed(3)  # what the new rows are drawn from
+    base.resize_token_embeddings(264)
+    model = trained(base, config)
+    ids = torch.arange(250, 264)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    model.save_pretrained("adapter")
+    assert main(["export", "adapter", "merged", "--base", tiny_model]) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(load("merged").eval()(input_ids=ids).logits, expected, atol=1e-3, rtol=0)
+
+
 def test_other_end_tokens_stay(tiny_model, here):
     shutil.copytree(tiny_model, "base")
     GenerationConfig(eos_token_id=[7, 0], temperature=0.5, do_sample=True).save_pretrained("base")

@@ -20,7 +20,7 @@ from lightning_modules import RoutedAdapter, SparseAdapter, TaskRouter, VLLMEngi
 from lightning_modules.adapters import FullFineTuning, PeftAdapter
 from lightning_modules.cli import main
 from lightning_modules.sampling import Sampling
-from lightning_modules.sampling.vllm_policy import saved_policy
+from lightning_modules.sampling.vllm_policy import saved_policy, tied_layers
 from lightning_modules.sampling.vllm_requests import row_seeds_or_drawn
 from lightning_modules.sampling.vllm_server import VLLMServer
 
@@ -502,3 +502,16 @@ def test_importing_quiver_imports_no_vllm():
     code = "import sys, lightning_modules.training_cli; sys.exit('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_a_tied_layer_that_vllm_has_once(tiny_model, tmp_path, layer):
+    adapter = PeftAdapter(peft.LoraConfig(r=2, target_modules=["q_proj", layer]))
+    model = adapter.attach(AutoModelForCausalLM.from_pretrained(tiny_model))
+    adapter.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=f"LoRA adapter of .*{layer}, which shares its weight"):
+        saved_policy("name", tmp_path / "saved", tied_layers(model))
+    untied = AutoModelForCausalLM.from_pretrained(tiny_model)
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.detach().clone())
+    assert tied_layers(untied) == []
+    assert saved_policy("name", tmp_path / "saved", tied_layers(untied)).rank == 2

@@ -22,7 +22,7 @@ from lightning_modules.distributed import gathered
 from lightning_modules.ranks import is_first_rank
 from lightning_modules.sampling.base import Announce, Completions, Sampler, Sampling
 from lightning_modules.sampling.stops import StopStrings, stop_tokens
-from lightning_modules.sampling.vllm_policy import SavedPolicy, saved_policy
+from lightning_modules.sampling.vllm_policy import SavedPolicy, saved_policy, tied_layers
 from lightning_modules.sampling.vllm_requests import (
     Drawn,
     check_room,
@@ -76,7 +76,7 @@ class PolicyFolderSampler(Sampler, Generic[Loaded]):
         problem: Exception | None = None
         if is_first_rank():
             try:
-                policy = saved_policy(name, folder)
+                policy = saved_policy(name, folder, tied_layers(self._model))
                 loaded = self.load(policy)
                 if self._policy:
                     self.forget(self._policy)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from lightning_modules.merging.reading import open_tensors
 from lightning_modules.sparse.storage import read_json
 
 # The ranks for which vLLM reserves room.
@@ -42,12 +46,26 @@ class SavedPolicy:
         return None if self.rank is None else next(room for room in _RANKS if room >= self.rank)
 
 
-def saved_policy(name: str, folder: Path) -> SavedPolicy:
+def tied_layers(model: nn.Module) -> list[str]:
+    """Name head and embedding where they are one weight.
+
+    Args:
+        model: A transformers model, perhaps with an adapter of PEFT.
+    """
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    weights = [getattr(getattr(layer, "base_layer", layer), "weight", None) for layer in layers]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return []
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+
+
+def saved_policy(name: str, folder: Path, tied: Sequence[str] = ()) -> SavedPolicy:
     """Find out what a folder holds.
 
     Args:
         name: What vLLM will call it.
         folder: Written by `Adapter.save`.
+        tied: What `tied_layers` returns for the trained model.
 
     Raises:
         ValueError: If vLLM cannot serve it, with the reason.
@@ -74,6 +92,12 @@ def saved_policy(name: str, folder: Path) -> SavedPolicy:
         raise ValueError(
             f"VLLMSampler cannot serve a LoRA adapter with bias={facts['bias']!r}: vLLM loads its matrices alone. Set "
             "bias: none."
+        )
+    keys = open_tensors(folder / "adapter_model.safetensors").keys() if tied else ()
+    if changed := [layer for layer in tied if any(key.startswith(f"{layer}.") for key in keys)]:
+        raise ValueError(
+            f"VLLMSampler cannot serve a LoRA adapter of {changed[0]}, which shares its weight with another one: vLLM "
+            "has one layer for both. Leave it out of target_modules, or use NativeSampler."
         )
     rank = max([facts["r"], *(facts.get("rank_pattern") or {}).values()])
     if rank > _RANKS[-1]:

@@ -10,6 +10,8 @@ import threading
 import time
 from contextlib import suppress
 
+from lightning_modules.ranges import check_seconds
+
 _SECONDS_TO_END = 5.0
 
 
@@ -24,6 +26,7 @@ class StuckCallWatch:
     """
 
     def __init__(self, repeat: float) -> None:
+        check_seconds("repeat", repeat)
         self._repeat = repeat
         self._ended = threading.Event()
         self._read, self._write = socket.socketpair()

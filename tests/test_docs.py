@@ -141,3 +141,18 @@ def test_relative_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_each_fault_has_its_test():
+    """docs/faults.md names tests that exist."""
+    text = (REPOSITORY / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"(tests/[\w/]+\.py)|::(test_\w+)", text)
+    files = {file for file, _ in named if file}
+    assert len(files) > 30
+    known = {
+        name
+        for file in (REPOSITORY / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert not [file for file in files if not (REPOSITORY / file).is_file()]
+    assert not {name for _, name in named if name} - known

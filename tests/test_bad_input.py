@@ -173,8 +173,11 @@ def test_prompt_longer_than_the_context(tiny_model, failure):
     arguments = fit(tiny_model, data={"train_file": "long.jsonl"})
     write_rows("long.jsonl", [{**ADDITIONS[0], "prompt": "a" * 600}] * 2)
     message = failure(*arguments)
-    assert "Row 1 of the data: its prompt has 618 tokens; beside its completion only 508 fit" in message
-    assert message.endswith("Shorten or drop it, or lower max_new_tokens.")
+    assert (
+        "long.jsonl:1: its prompt has 618 tokens and its completion up to 4: 622 together, over the 512"
+        in message
+    )
+    assert message.endswith("lower max_new_tokens, or leave such rows out with overlong_rows: drop.")
 
 
 # ---------------------------------------------------------------- arguments and model sources

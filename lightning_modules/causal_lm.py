@@ -353,7 +353,6 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         optimizer = self._optimizer(self._groups())
         check_optimizer(optimizer)
         self.adapter.watch(optimizer, lambda: self.current_epoch)
-        watch_half_precision(optimizer)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
@@ -466,6 +465,12 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             rows: Positions in it.
         """
         self.adapter.route([batch.tasks[row] for row in rows], [batch.prompts[row] for row in rows])
+
+    def on_train_start(self) -> None:
+        """Watch what half precision takes from the first update."""
+        super().on_train_start()
+        for optimizer in self.trainer.optimizers:
+            watch_half_precision(optimizer)
 
     def on_fit_start(self) -> None:
         """Look at the lengths of rows, and write the hyper-parameters to the loggers.

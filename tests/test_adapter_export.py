@@ -134,14 +134,14 @@ def test_the_card_of_other_sources(lora, tmp_path):
     module, _ = lora
     gguf = tmp_path / "some.gguf"
     gguf.touch()
-    own = module.source
+    own = module.adapter.source
     try:
-        module.source = "org/name"
+        module.adapter.source = "org/name"
         save_adapter(module, tmp_path / "hub", steps=1, metrics={"loss": float("nan")})
-        module.source = str(gguf)
+        module.adapter.source = str(gguf)
         save_adapter(module, tmp_path / "gguf", steps=1, metrics={})
     finally:
-        module.source = own
+        module.adapter.source = own
     head, body = card(tmp_path / "hub")
     assert head["base_model"] == "org/name"
     assert 'from_pretrained("org/name")' in body

@@ -58,9 +58,9 @@ def waits(monkeypatch):
     """Torch knows the device, and base models come to it when they are loaded, as they do on a GPU."""
     load = CausalLMModule._load_base
 
-    def load_there(self, place):
+    def load_there(self):
         with torch.device("cpu"):
-            model = load(self, place)
+            model = load(self)
         return model.to(DEVICE)
 
     monkeypatch.setattr(CausalLMModule, "_load_base", load_there)
@@ -337,7 +337,7 @@ def per_token(module, waits, **sampling) -> tuple[float, float, Counter[str]]:
 
 def test_a_token_costs_one_wait(tiny_model, library, sparse_library, waits, monkeypatch):
     """Have rows ended? Stop strings need the text, and sparse experts how many tokens each has in each layer."""
-    monkeypatch.setattr("lightning_modules.sampling.native.end_tokens", lambda *_: [])
+    monkeypatch.setattr("lightning_modules.sampling.native.stop_tokens", lambda *_: [])
     filters = {"repetition_penalty": 1.1, "top_p": 0.9, "top_k": 9, "min_p": 0.1}
     cases = {name: (adapter, {}, 1) for name, adapter in adapters().items()}
     cases["LoRA, stop strings"] = (adapters()["LoRA"], {"stop": ["never"]}, 2)

@@ -9,7 +9,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 import yaml
-from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig
+from peft import IA3Config, LoraConfig, OFTConfig
 from small_runs import QUIET, write_run
 from torch.optim import SGD, Adafactor, AdamW, Muon, lr_scheduler
 from torch.utils.data import DataLoader
@@ -144,7 +144,6 @@ def warmed_up(optimizer):
                 o, [warmed_up(o), lr_scheduler.ConstantLR(o)], milestones=[5]
             )
         },
-        {"adapter": AdaLoraConfig(total_step=100)},
         {"adapter": IA3Config()},
         {"adapter": OFTConfig(oft_block_size=8)},
     ],
@@ -180,10 +179,7 @@ def test_usual_optimisers_schedules_and_adapters_pass(options):
         ({"adapter": LoraConfig(rank_pattern={"q": 0})}, "adapter.rank_pattern['q']=0: must be at least 1"),
         ({"adapter": LoraConfig(rank_pattern={"q": 2.0})}, "adapter.rank_pattern['q']=2.0: must be a whole"),
         ({"adapter": LoraConfig(alpha_pattern={"q": NAN})}, "adapter.alpha_pattern['q']=nan: must be"),
-        (
-            {"adapter": AdaLoraConfig(total_step=100, beta1=NAN)},
-            "adapter.beta1=nan: must",
-        ),
+        ({"adapter": OFTConfig(oft_block_size=8, eps=NAN)}, "adapter.eps=nan: must"),
     ],
 )
 def test_numbers_of_parts_that_are_not_ours_are_refused(options, message):

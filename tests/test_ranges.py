@@ -25,6 +25,7 @@ NEVER = {float: [NAN, -INF, True, "0.5", 10**400], int: [NAN, -INF, INF, True, "
 # Arguments that must be there before a number can be tried.
 LIBRARY = {"library": "nowhere"}
 NEEDED: dict[str, dict[str, Any]] = {
+    "StuckCallWatch": {"repeat": 1.0},
     "CausalLMModule": {"model": "nowhere"},
     "PolicyUpdates": {"model": "nowhere"},
     "RolloutEvaluation": {"model": "nowhere"},
@@ -72,7 +73,7 @@ INTERNAL = set(
     GuardedCLI Clusters LoopedDispatch TiledDispatch GroupedDispatch AdapterEntry Base FoundAdapter
     LoraStack WeightSearch SparseStack LeanLoraLinear Part Parameter Traffic Gpu Phase Ranks RunPlan
     StepShape SharedRows Completions RowBatch Decoding Served VLLMClient SavedPolicy Drawn SavedTensor Rule
-    WeightStats TextBatch TrainLoader EvalLoader History
+    WeightStats TextBatch TrainLoader EvalLoader History Audit RoutingState Rounding Selection
     """.split()  # noqa: SIM905
 )
 

@@ -375,7 +375,7 @@ def test_slurm_job_saves_is_requeued_and_goes_on(
     in_slurm(monkeypatch, tmp_path, **variables)
     sent = {"class_path": "test_signals.SignalAt", "init_args": {"moment": "step", "step": 2, "name": name}}
     options = ["-c", "trainer/slurm.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
-    options += ["--trainer.strategy", "auto"]
+    options += ["--trainer.strategy", "auto", "--trainer.precision", "32-true"]
     returned, err = here("fit", "-c", write(tiny_model, "run", callbacks=[sent]), *options)
     assert returned == code, err
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {job}\n"

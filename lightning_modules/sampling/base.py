@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from lightning_modules.ranges import check_number, check_whole
+from lightning_modules.ranges import check_number, check_whole, check_wholes
 
 FinishReason = Literal["stop", "length"]
 
@@ -62,11 +62,7 @@ class Sampling:
                 f"stop={list(self.stop)}: every entry must be a string that is not empty, for the empty one ends "
                 "every completion. Remove the others."
             )
-        if not all(type(number) is int and number >= 0 for number in self.stop_token_ids):
-            raise ValueError(
-                f"stop_token_ids={list(self.stop_token_ids)}: every entry must be the id of a token, 0 or larger. "
-                "Write texts into stop."
-            )
+        check_wholes("stop_token_ids", self.stop_token_ids, least=0, hint="Write texts into stop.")
 
 
 @dataclass(frozen=True)

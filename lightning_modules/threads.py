@@ -9,9 +9,8 @@ SPINS = 10_000
 """Turns of the waiting loop before a thread sleeps.
 
 GNU OpenMP, which torch uses on Linux, takes 300,000 by default, milliseconds at the end of each parallel region. A
-thread that spins while the one it waits for has no core takes time from it: drawing tokens beside one busy process on
-two cores is then 20 to 40 times slower than alone. With 10,000 it is 3 to 5 times slower, and within 5% alone;
-1,000 costs 40% alone. `benchmarks/spinning.py` prints the figures.
+thread that spins while the one it waits for has no core takes time from it. docs/results/spinning.md has what was
+measured, alone and beside other processes.
 """
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_debug, rank_zero_warn
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
@@ -142,7 +142,7 @@ class SFTModule(CausalLMModule):
             self._logits_are_kept[whole] = isinstance(found, str)
             if not isinstance(found, str):
                 return found[0], rows.completion_mask
-            rank_zero_info(f"All logits of answers are kept: {found}.")
+            rank_zero_debug(f"All logits of answers are kept: {found}.")
         if not self._logits_are_kept[whole]:
             return chunked_logprobs(self, rows, temperature=1.0)[0], rows.completion_mask
         T = rows.completion_mask.shape[1]

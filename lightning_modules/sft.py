@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_debug, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 

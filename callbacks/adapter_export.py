@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from callbacks.graceful_stop import StoppedError
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.checkpoint_io import CompleteCheckpointIO
 from lightning_modules.export import save_adapter
@@ -43,6 +44,16 @@ class AdapterExport(lightning.Callback):
         """
         if not isinstance(pl_module, CausalLMModule):
             raise ValueError(f"AdapterExport exports a CausalLMModule, not {type(pl_module).__name__}.")
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Export what a run has learned that was told to stop, which all ranks are at once."""
+        if isinstance(exception, StoppedError):
+            self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Export.

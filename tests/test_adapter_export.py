@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import lightning.pytorch as lightning
@@ -14,7 +16,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from callbacks import AdapterExport
+from callbacks import AdapterExport, GracefulStop
+from callbacks.graceful_stop import StoppedError
 from datamodules import ArithmeticDataModule
 from lightning_modules import RoutedAdapter, SFTModule, SparseAdapter, UniformRouter
 from lightning_modules.cli import main
@@ -128,6 +131,23 @@ def test_the_model_card(lora, tiny_model):
     _, body = card(folder / "adapter-best")
     assert "Optimiser steps: 2." in body
     assert re.findall(r"^\| (?!metric)(\S+) \| (\S+) \|$", body, flags=re.MULTILINE) == [("val/score", "1")]
+
+
+class Interrupt(lightning.Callback):
+    """Presses Ctrl-C in the first step."""
+
+    def on_train_batch_start(self, trainer, *_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_a_stopped_run_has_learned_is_exported(tiny_model, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(StoppedError):
+        fit(tiny_model, tmp_path, config, AdapterExport(), Interrupt(), GracefulStop())
+    _, body = card(tmp_path / "adapter")
+    assert "Optimiser steps: 1." in body
+    moved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in moved.items() if "lora_B" in name)
 
 
 def test_the_card_of_other_sources(lora, tmp_path):

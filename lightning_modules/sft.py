@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
@@ -143,7 +142,6 @@ class SFTModule(CausalLMModule):
             self._logits_are_kept[whole] = isinstance(found, str)
             if not isinstance(found, str):
                 return found[0], rows.completion_mask
-            rank_zero_debug(f"All logits of answers are kept: {found}.")
         if not self._logits_are_kept[whole]:
             return chunked_logprobs(self, rows, temperature=1.0)[0], rows.completion_mask
         T = rows.completion_mask.shape[1]

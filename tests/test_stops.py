@@ -77,7 +77,9 @@ def test_vllm_keeps_special_tokens_where_a_stop_string_holds_one(chatty):
 
 def test_ids_that_are_none_are_refused(chatty):
     for wrong in ([-1], [True], ["5"], [1.0]):
-        with pytest.raises(ValueError, match=r"stop_token_ids\[0\]=.*must be .*at least 0. Write texts into stop"):
+        with pytest.raises(
+            ValueError, match=r"stop_token_ids\[0\]=.*must be .*at least 0. Write texts into stop"
+        ):
             Sampling(stop_token_ids=wrong)
     assert hash(Sampling(stop_token_ids=[3])) == hash(Sampling(stop_token_ids=(3,)))
     sampler = NativeSampler()

@@ -1,4 +1,4 @@
-"""What a model and its tokenizer must be like for our passes over padded rows to be right, and how long rows may be.
+"""Checks that passes over padded rows are right for a model and its tokenizer, and how long rows may be.
 
 Refused in one line where they are not: most of it would otherwise be a number that is silently wrong.
 """

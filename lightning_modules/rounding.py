@@ -19,7 +19,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Rounding:
-    """What arrives of a change, as sums over entries, so that those of several weights add up.
+    """The part of a change that arrives, as sums over entries, so that those of several weights add up.
 
     Attributes:
         wanted: Sum of the squared changes.

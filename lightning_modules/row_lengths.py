@@ -16,7 +16,7 @@ _BYTES, _TEMPLATE = 2, 4096
 
 
 class RowSource(Protocol):
-    """What a DataModule must offer for its rows to be looked at before training."""
+    """A DataModule whose rows can be measured before training."""
 
     def num_rows(self, split: Any) -> int:
         """Return the number of rows of a split."""

@@ -126,7 +126,7 @@ class PretendTensor(torch.Tensor):
         return self.held.data_ptr()
 
     def untyped_storage(self) -> Any:
-        """What it lies in."""
+        """The storage that holds it."""
         return self.held.untyped_storage()
 
     def values(self) -> torch.Tensor:

@@ -51,7 +51,7 @@ def package(tiny_model, tmp_path, monkeypatch):
 
 @pytest.fixture
 def exported(package):
-    """What AdapterExport writes of an adapter on such a model, and what the adapter computes."""
+    """Return the folder that AdapterExport writes of an adapter on such a model, and the adapter's logits."""
     module = SFTModule(
         model=package[0], adapter=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )

@@ -1,4 +1,4 @@
-"""What a type of few digits keeps of a change: the measure against a loop, and who says it."""
+"""The share of a change that a type of few digits keeps, against a loop, and who says it."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def kept_bytes(module, prompts, answers) -> int:
 
 @pytest.mark.parametrize("adapter", ["lora", None])
 def test_logits_are_made_a_chunk_at_a_time(tiny_model, adapter, monkeypatch):
-    """What is kept for the backward pass is smaller by at least the logits of all answers, and says the same."""
+    """Activations kept for the backward pass shrink by at least the logits of all answers; results stay."""
     options = {} if adapter else {"adapter": None}
     module = build(tiny_model, **options)
     module.configure_model()

@@ -26,7 +26,7 @@ def test_what_a_user_sets_wins(own, after):
 
 
 def read_by_openmp(**settings):
-    """What OpenMP says that it read, in a process that enters Quiver by its command and then imports torch."""
+    """Return the setting that OpenMP read in a process that enters Quiver by its command, then imports torch."""
     environment = {
         key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }

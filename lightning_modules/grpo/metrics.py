@@ -47,7 +47,7 @@ OWN_METRICS = frozenset(
         "truncated",
     }
 )
-"""What modules and callbacks log under `train/`, up to the first slash: a reward function may not."""
+"""Names, up to the first slash, that modules and callbacks log under `train/`, reserved from reward functions."""
 
 _EVALUATED = re.compile(r"(mean|pass|maj)@[0-9]+")
 

@@ -132,7 +132,7 @@ class Snapshot(Reference):
                 self._copies[name] = read(state[name]).to(copy.dtype)
 
     def _matching(self, module: CausalLMModule) -> dict[str, Tensor]:
-        """What is trained; the copy moves to where it is, and to other entries where it changes none."""
+        """Return what is trained; the copy moves to its device, and to other entries where it changes none."""
         trained = _trained(module)
         moved = self._choices != module.adapter.choices
         if moved or any(one.shape != self._copies[name].shape for name, one in trained.items()):

@@ -1,4 +1,4 @@
-"""What the results of a function or object depend on, as a text: a part of the key under which they are kept."""
+"""Names a function or object by all that its results depend on, as a part of the key under which they are kept."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lightning_modules.library.mixing import Routing
 
 @dataclass
 class RoutingState:
-    """What the layers of one model share. Each adapter has its own.
+    """State that the layers of one model share; each adapter has its own.
 
     It stays until the next batch, so that layers which gradient checkpointing runs again see the same.
 

@@ -1,4 +1,4 @@
-"""What an engine must not inherit from a training process: its place among the ranks."""
+"""Hides the ranks of a training job from the engines that it starts."""
 
 from __future__ import annotations
 

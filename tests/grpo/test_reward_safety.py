@@ -1,4 +1,4 @@
-"""What reward functions may do to others, to training and to the process: nothing."""
+"""Reward functions change neither each other, nor training, nor the process."""
 
 from __future__ import annotations
 

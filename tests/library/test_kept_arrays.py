@@ -1,4 +1,4 @@
-"""What a library keeps of experts is found by all that it depends on, and made again where it does not fit."""
+"""Arrays that a library keeps are found by all that they depend on, and made again where they do not fit."""
 
 from __future__ import annotations
 

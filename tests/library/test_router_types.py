@@ -77,7 +77,7 @@ def test_the_chosen_are_those_of_float64(experts, make, way):
 
 
 def test_this_input_tells_types_apart(experts):
-    """What the test above would miss in bfloat16."""
+    """In bfloat16 other experts are chosen, so the test above can fail."""
     torch.manual_seed(1)
     router = ArrowRouter(4)
     router.prepare(experts[0])

@@ -25,7 +25,7 @@ def said(caught) -> list[tuple[str, ...]]:
 
 
 def trained_with_warnings(folder, steps=3, **options):
-    """What was said after each step, and the adapter."""
+    """Return the warnings after each step, and the adapter."""
     model, adapter, optim = setup(folder, **options)
     heard = []
     for _ in range(steps):

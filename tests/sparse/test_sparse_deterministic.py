@@ -77,7 +77,7 @@ def test_the_trainer_option(tiny_model, tmp_path, monkeypatch):
 
 
 def test_nothing_is_called_that_is_not_deterministic_on_gpus():
-    """Operations that torch refuses on GPUs are not called: `put_`, `kthvalue`, `histc`, `median`, a cumsum of floats."""
+    """Operations that torch refuses on GPUs are not called: put_, kthvalue, histc, median, a cumsum of floats."""
     for file in SPARSE.glob("*.py"):
         calls = {
             node.func.attr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -293,17 +292,10 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
             ValueError: If a prompt is empty, does not fit the context, is refused by the template, or is a
                 conversation while `chat_template` is off.
         """
-        encoded = encode_prompts(self.tokenizer, prompts, chat=self.chat, limit=sys.maxsize, uids=uids)
         context = self.context_length
         rooms = [room] * len(prompts) if isinstance(room, int) else room
-        for i, (ids, own) in enumerate(zip(encoded, rooms, strict=True)):
-            if context is not None and len(ids) + own > context:
-                row = "A row's" if uids is None else f"Row {uids[i]} of the data: its"
-                raise ValueError(
-                    f"{row} prompt has {len(ids)} tokens; beside its completion only {context - own} fit the model's "
-                    f"context: {str(prompts[i])[:60]!r}... Shorten or drop it, or lower max_new_tokens."
-                )
-        return encoded
+        limits = None if context is None else [context - own for own in rooms]
+        return encode_prompts(self.tokenizer, prompts, chat=self.chat, limits=limits, uids=uids)
 
     def tokens_needed(self, batch: TextBatch, split: str) -> list[tuple[int, int]]:
         """Return the tokens of each row's prompt, and those that may come after it; a subclass knows its own.
@@ -315,18 +307,11 @@ class CausalLMModule(AdapterCheckpoints, ShardedPasses):
         Returns:
             (B); by default nothing comes after a prompt.
         """
-        prompts = self._lengths(batch)
-        return [(length, 0) for length in prompts]
+        return [(length, 0) for length in self._lengths(batch)]
 
     def _lengths(self, batch: TextBatch) -> list[int]:
         """Tokens of each prompt, whatever the context."""
-        encoded = encode_prompts(
-            self.tokenizer,
-            batch.prompts,
-            chat=self.chat,
-            limit=sys.maxsize,
-            uids=batch.uids,
-        )
+        encoded = encode_prompts(self.tokenizer, batch.prompts, chat=self.chat, uids=batch.uids)
         return [len(ids) for ids in encoded]
 
     def _check_lengths(self) -> None:

@@ -17,7 +17,7 @@ def encode_prompts(
     prompts: Sequence[Prompt],
     *,
     chat: ChatTemplate | None,
-    limit: int,
+    limits: Sequence[int] | None = None,
     uids: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Tokenise prompts, through the chat template where there is one.
@@ -26,7 +26,7 @@ def encode_prompts(
         tokenizer: A transformers tokenizer.
         prompts: Strings or conversations.
         chat: Puts strings into the template as one user turn; None feeds them as they are.
-        limit: The most tokens that a prompt may have.
+        limits: The most tokens that each prompt may have; None checks none.
         uids: Numbers of the rows in their data set, for messages.
 
     Returns:
@@ -46,12 +46,12 @@ def encode_prompts(
     if chat is None:  # some tokenizers end every text, but the model shall go on here
         end = tokenizer.eos_token_id
         encoded = [ids[:-1] if ids and ids[-1] == end else ids for ids in encoded]
-    for text, ids, (_, row) in zip(texts, encoded, with_rows, strict=True):
+    for i, (text, ids, (_, row)) in enumerate(zip(texts, encoded, with_rows, strict=True)):
         if not ids:
             raise ValueError(f"{row}: its prompt has no tokens. Remove empty prompts from the data.")
-        if len(ids) > limit:
+        if limits is not None and len(ids) > limits[i]:
             raise ValueError(
-                f"{row}: its prompt has {len(ids)} tokens; beside its completion only {limit} fit the model's "
+                f"{row}: its prompt has {len(ids)} tokens; beside its completion only {limits[i]} fit the model's "
                 f"context: {text[:60]!r}... Shorten or drop it, or lower max_new_tokens."
             )
     return encoded

@@ -88,7 +88,7 @@ def model_with(template, tiny_model, folder) -> str:
 
 def trained_text(tokenizer, template, prompt, answer, *, alone=False, **settings) -> str:
     one = chat(tokenizer, template, **settings)
-    [before] = encode_prompts(tokenizer, [prompt], chat=one, limit=9999)
+    [before] = encode_prompts(tokenizer, [prompt], chat=one)
     [after] = encode_answers(tokenizer, [answer], None if alone else [prompt], chat=one)
     return tokenizer.decode(before + after)
 
@@ -148,7 +148,7 @@ def test_the_tokens_of_the_prompt_stay_those_of_the_prompt_alone(tokenizer):
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>"
     )
     one = chat(joining, TURN.replace("{{ m.content", "x{{ m.content") + OPEN.replace("tant>", "tant>x"))
-    [before] = encode_prompts(joining, ["hi"], chat=one, limit=99)
+    [before] = encode_prompts(joining, ["hi"], chat=one)
     [joined, apart] = encode_answers(joining, ["yes", "no"], ["hi", "hi"], chat=one)
     assert joining.decode(before + joined) == "<user>xhi</s><assistant>xyes</s>"
     assert joining.decode(before + apart) == "<user>xhi</s><assistant>xno</s>"
@@ -315,7 +315,7 @@ BARE_CALLS = READS_ALL.replace("{{ c.function.name }} {{ c.function.arguments | 
 )
 def test_what_the_template_would_lose_is_refused_by_name(tokenizer, template, prompt, message):
     with pytest.raises(ValueError, match=message) as error:
-        encode_prompts(tokenizer, [prompt], chat=chat(tokenizer, template), limit=999, uids=[3])
+        encode_prompts(tokenizer, [prompt], chat=chat(tokenizer, template), uids=[3])
     assert str(error.value).startswith("model='tiny'. Row 3 of the data: ")
     with pytest.raises(ValueError, match=message):
         encode_answers(tokenizer, ["4"], [prompt], chat=chat(tokenizer, template))
@@ -393,7 +393,7 @@ def test_a_prefilled_answer_is_continued(tokenizer, name, opened, read, trained)
     assert one.prompt(prompt).endswith(read)
     before, rest = one.answer(prompt, " 4")
     assert (before, rest) == (one.prompt(prompt), trained)
-    [ids] = encode_prompts(tokenizer, [prompt], chat=one, limit=999)
+    [ids] = encode_prompts(tokenizer, [prompt], chat=one)
     assert tokenizer.decode(ids) == before
 
 

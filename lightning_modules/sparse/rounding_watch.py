@@ -26,7 +26,7 @@ class RoundingWatch:
         self._is_over = False
 
     def before_forward(self, device: str, gathered: torch.dtype | None) -> None:
-        """Hear what the forward pass computes in.
+        """Note the type in which the forward pass computes.
 
         Args:
             device: Kind of the device that the weights are on.
